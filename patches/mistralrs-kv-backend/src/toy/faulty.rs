@@ -1,0 +1,163 @@
+//! `toy-faulty`: `toy-f32` that fails on demand, to test what the host does with a failed step.
+//!
+//! | option | meaning | default |
+//! |---|---|---|
+//! | `fail_layer=L` | `append` and `decode` fail in layer `L`; without it, `begin_step` fails | |
+//! | `fail_after_steps=S` | so many steps succeed first | 0 |
+//! | `fail_times=K` | so many steps fail, then all succeed again | 1 |
+//!
+//! Steps are counted over the life of the cache, whoever they belong to.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+
+use candle_core::{bail, DType, Result, Tensor};
+
+use crate::{
+    KvAttn, KvBackendProvider, KvCacheBackend, KvMemory, KvModelSource, KvPlan, KvShape, KvStep,
+};
+
+/// The provider of `toy-faulty`, to be [registered](crate::register) by tests.
+pub fn provider() -> Arc<dyn KvBackendProvider> {
+    Arc::new(Faulty(super::provider()))
+}
+
+struct Faulty(Arc<dyn KvBackendProvider>);
+
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    layer: Option<usize>,
+    after_steps: usize,
+    times: usize,
+}
+
+impl Fault {
+    fn parse(options: &str) -> anyhow::Result<Self> {
+        let mut fault = Self { layer: None, after_steps: 0, times: 1 };
+        for option in options.split(',').filter(|o| !o.is_empty()) {
+            match option.split_once('=').map(|(key, n)| (key, n.parse())) {
+                Some(("fail_layer", Ok(n))) => fault.layer = Some(n),
+                Some(("fail_after_steps", Ok(n))) => fault.after_steps = n,
+                Some(("fail_times", Ok(n))) => fault.times = n,
+                _ => anyhow::bail!(
+                    "toy-faulty does not know `{option}`; its options are `fail_layer=L`, \
+                     `fail_after_steps=S` and `fail_times=K`"
+                ),
+            }
+        }
+        Ok(fault)
+    }
+
+    fn hits(self, step: usize) -> bool {
+        (self.after_steps..self.after_steps.saturating_add(self.times)).contains(&step)
+    }
+}
+
+impl KvBackendProvider for Faulty {
+    fn name(&self) -> &'static str {
+        "toy-faulty"
+    }
+
+    fn check_options(&self, options: &str) -> anyhow::Result<()> {
+        Fault::parse(options).map(drop)
+    }
+
+    fn check_model(&self, source: &KvModelSource<'_>, _options: &str) -> anyhow::Result<()> {
+        self.0.check_model(source, "")
+    }
+
+    fn block_size(&self, user: Option<usize>, _options: &str) -> anyhow::Result<usize> {
+        self.0.block_size(user, "")
+    }
+
+    fn memory(&self, shape: &KvShape) -> anyhow::Result<KvMemory> {
+        self.0.memory(shape)
+    }
+
+    fn create(&self, shape: KvShape, num_blocks: usize) -> anyhow::Result<Arc<dyn KvCacheBackend>> {
+        let fault = Fault::parse(&shape.options)?;
+        let cache = self.0.create(shape, num_blocks)?;
+        Ok(Arc::new(FaultyCache { cache, fault, steps: AtomicUsize::new(0) }))
+    }
+}
+
+struct FaultyCache {
+    cache: Arc<dyn KvCacheBackend>,
+    fault: Fault,
+    steps: AtomicUsize,
+}
+
+impl KvCacheBackend for FaultyCache {
+    fn begin_step(&self, plan: KvPlan) -> Result<Arc<dyn KvStep>> {
+        let step = self.steps.fetch_add(1, Ordering::Relaxed);
+        let inner = self.cache.begin_step(plan)?;
+        match (self.fault.hits(step), self.fault.layer) {
+            (false, _) => Ok(inner),
+            (true, None) => bail!("toy-faulty: step {step} fails at its beginning, as asked"),
+            (true, Some(layer)) => Ok(Arc::new(FaultyStep { inner, step, layer })),
+        }
+    }
+
+    fn allocated(&self, seq: usize, blocks: &[usize]) {
+        self.cache.allocated(seq, blocks);
+    }
+
+    fn released(&self, seq: usize, blocks: &[usize]) {
+        self.cache.released(seq, blocks);
+    }
+
+    fn reset(&self) {
+        self.cache.reset();
+    }
+
+    fn describe(&self) -> String {
+        format!("{}; fails as asked: {:?}", self.cache.describe(), self.fault)
+    }
+
+    fn allocated_bytes(&self) -> usize {
+        self.cache.allocated_bytes()
+    }
+}
+
+#[derive(Debug)]
+struct FaultyStep {
+    inner: Arc<dyn KvStep>,
+    step: usize,
+    layer: usize,
+}
+
+impl FaultyStep {
+    fn check(&self, layer: usize) -> Result<()> {
+        if layer == self.layer {
+            bail!("toy-faulty: step {} fails in layer {layer}, as asked", self.step);
+        }
+        Ok(())
+    }
+}
+
+impl KvStep for FaultyStep {
+    fn plan(&self) -> &KvPlan {
+        self.inner.plan()
+    }
+
+    fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
+        self.inner.past(layer, row, dtype)
+    }
+
+    fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.check(layer)?;
+        self.inner.append(layer, k, v)
+    }
+
+    fn decode(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        attn: KvAttn,
+    ) -> Result<Tensor> {
+        self.check(layer)?;
+        self.inner.decode(layer, q, k, v, attn)
+    }
+}

@@ -1,0 +1,140 @@
+//! Running other programs for the user: what runs, where, how long it took, and where builds are kept.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, Context, Result};
+
+use crate::project::Project;
+use crate::registry::cargo;
+
+/// The packages of the host's workspace that are ours to build. One selection for build, tests and demo, so
+/// that cargo unifies features once and the host is compiled once.
+const HOST_PACKAGES: [&str; 4] = [
+    "--package",
+    "integration-tests",
+    "--package",
+    "mistralrs-cli",
+];
+const HOST_BUILD: [&str; 3] = ["build", "--release", "--bins"];
+const HOST_TEST: [&str; 2] = ["test", "--release"];
+
+/// Where what is expensive outlives a checkout: `OTT_CACHE_DIR`, else the user's cache folder.
+pub fn cache_dir() -> Result<PathBuf> {
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
+    let dir = match (set("OTT_CACHE_DIR"), set("XDG_CACHE_HOME")) {
+        (Some(dir), _) => dir,
+        (None, Some(cache)) => cache.join("ott-mistralrs"),
+        (None, None) => std::env::home_dir()
+            .context("there is no home folder: set OTT_CACHE_DIR")?
+            .join(".cache/ott-mistralrs"),
+    };
+    Ok(std::path::absolute(dir)?)
+}
+
+/// The target directory of every build of the host.
+pub fn host_target() -> Result<PathBuf> {
+    Ok(cache_dir()?.join("target"))
+}
+
+/// `cargo ARGS` in the root workspace.
+pub fn cargo_root(project: &Project, args: &[&str]) -> Result<Command> {
+    command(&project.root, args)
+}
+
+/// Builds the host's binaries and ours.
+pub fn cargo_host_build(project: &Project) -> Result<Command> {
+    cargo_host(project, &[&HOST_BUILD[..], &HOST_PACKAGES[..]].concat())
+}
+
+/// Runs the tests of the patched host, ours and its command line's.
+pub fn cargo_host_test(project: &Project) -> Result<Command> {
+    cargo_host(project, &[&HOST_TEST[..], &HOST_PACKAGES[..]].concat())
+}
+
+fn cargo_host(project: &Project, args: &[&str]) -> Result<Command> {
+    let mut cargo = command(&project.root.join("integration-tests"), args)?;
+    cargo.env("CARGO_TARGET_DIR", host_target()?);
+    Ok(cargo)
+}
+
+fn command(dir: &Path, args: &[&str]) -> Result<Command> {
+    let mut cargo = Command::new(cargo());
+    cargo.current_dir(dir).args(args);
+    // What `cargo run` tells us about ourselves must not reach the builds we start.
+    for (name, _) in std::env::vars_os() {
+        let of_ours = [
+            "CARGO_PKG_",
+            "CARGO_MANIFEST_",
+            "CARGO_CRATE_",
+            "CARGO_BIN_",
+            "CARGO_PRIMARY_",
+        ];
+        if of_ours
+            .iter()
+            .any(|prefix| name.to_string_lossy().starts_with(prefix))
+        {
+            cargo.env_remove(name);
+        }
+    }
+    if let Some(path) = library_path() {
+        cargo.env("LD_LIBRARY_PATH", path);
+    }
+    Ok(cargo)
+}
+
+/// The library path without the folders of our own build, which `cargo run` put in front.
+fn library_path() -> Option<OsString> {
+    let all = std::env::var_os("LD_LIBRARY_PATH")?;
+    let exe = std::env::current_exe().ok()?;
+    let own = exe.parent()?;
+    std::env::join_paths(std::env::split_paths(&all).filter(|path| !path.starts_with(own))).ok()
+}
+
+/// Runs a program to its end, its output going straight to the user.
+pub fn run(what: &str, mut command: Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("starting {}", command.get_program().to_string_lossy()))?;
+    if !status.success() {
+        bail!("{what} failed ({status}); its own words are above");
+    }
+    Ok(())
+}
+
+/// Named steps, timed, the first failure ending the run.
+#[derive(Default)]
+pub struct Steps {
+    done: Vec<(String, Duration)>,
+}
+
+impl Steps {
+    /// Runs a step; a failure prints the summary and names the step.
+    pub fn step(&mut self, name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        println!("\n==> {name}");
+        let start = Instant::now();
+        let result = work();
+        self.done.push((name.to_string(), start.elapsed()));
+        if result.is_err() {
+            self.summary("FAILED");
+        }
+        result.with_context(|| format!("step `{name}`"))
+    }
+
+    /// Prints every step with its time.
+    pub fn summary(&self, last: &str) {
+        println!();
+        for (i, (name, time)) in self.done.iter().enumerate() {
+            let verdict = if i + 1 == self.done.len() { last } else { "ok" };
+            println!("{verdict:>8}  {:>8.1} s  {name}", time.as_secs_f32());
+        }
+        let total: Duration = self.done.iter().map(|(_, time)| *time).sum();
+        println!("{:>8}  {:>8.1} s", "total", total.as_secs_f32());
+    }
+}

@@ -1,0 +1,57 @@
+//! `cargo verify`: everything that must hold, cheapest first.
+
+use anyhow::Result;
+
+use crate::check::check;
+use crate::freshness;
+use crate::project::Project;
+use crate::setup::setup;
+use crate::tasks::{cargo_host_build, cargo_host_test, cargo_root, run, Steps};
+
+/// Runs all steps, or with `fast` those that need no build of the host.
+pub fn verify(project: &Project, fast: bool) -> Result<()> {
+    let mut steps = Steps::default();
+    steps.step("setup", || setup(project, false))?;
+    steps.step("patches", || check(project))?;
+    steps.step("format", || {
+        run(
+            "cargo fmt",
+            cargo_root(project, &["fmt", "--all", "--check"])?,
+        )?;
+        let mut ours = cargo_root(
+            project,
+            &["fmt", "--check", "--package", "integration-tests"],
+        )?;
+        ours.current_dir(project.root.join("integration-tests"));
+        run("cargo fmt", ours)
+    })?;
+    steps.step("lints", || {
+        let args = [
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--locked",
+            "--",
+            "-D",
+            "warnings",
+        ];
+        run("cargo clippy", cargo_root(project, &args)?)
+    })?;
+    steps.step("unit tests", || {
+        run(
+            "cargo test",
+            cargo_root(project, &["test", "--workspace", "--locked"])?,
+        )
+    })?;
+    if !fast {
+        steps.step("build of the patched host", || {
+            freshness::restore(project)?;
+            run("the build of the host", cargo_host_build(project)?)
+        })?;
+        steps.step("integration tests", || {
+            run("cargo test", cargo_host_test(project)?)
+        })?;
+    }
+    steps.summary("ok");
+    Ok(())
+}
