@@ -1,1 +1,33 @@
-//! placeholder
+//! A 2-bit KV cache with outlier tokens tracing (OTT, arXiv 2505.10938) for mistral.rs.
+//!
+//! The newest tokens are kept in full precision. When they are more than a window and a group, the
+//! oldest group is **sealed**: keys are quantized per channel, values per token, and the few tokens
+//! whose keys are smallest, which would spoil the group's scales, are **traced**: kept in full
+//! precision for ever. Attention reads sealed groups, traced tokens and the window in one softmax.
+//!
+//! Rooms, in the order in which data flows; none uses a room to its right:
+//!
+//! ```text
+//! config -> pack -> layout -> quantize -> cpu -> cache -> attention -> backend -> (mistral.rs)
+//! ```
+//!
+//! An application calls [`register`] once, before it reads its command line.
+
+pub mod attention;
+pub mod backend;
+pub mod cache;
+pub mod config;
+pub mod cpu;
+mod error;
+pub mod layout;
+pub mod pack;
+pub mod quantize;
+pub mod report;
+
+pub use backend::{provider, register, OttBackend, OttProvider};
+pub use cache::{Cache, Element, LayerStats};
+pub use config::{Clip, OttConfig};
+pub use cpu::CpuOps;
+pub use error::{Error, Result};
+pub use layout::PageLayout;
+pub use report::stored_bits;

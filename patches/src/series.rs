@@ -79,7 +79,8 @@ struct Commit {
 /// The series' diffs as the history of `host` up to `tip` has them, and that of its manifests.
 ///
 /// A commit belongs to the patch named by its `Patch:` trailer, else to the one whose Subject or file stem
-/// its own subject starts with. A patch's commits stand together, in the order of the series.
+/// its own subject starts with, else to the patch of the commit before it. A patch's commits stand together, in
+/// the order of the series.
 pub fn export(project: &Project, host: &Path, tip: &str) -> Result<(Vec<Exported>, String)> {
     let git = Git::at(host);
     let series = project.series()?;
@@ -88,7 +89,8 @@ pub fn export(project: &Project, host: &Path, tip: &str) -> Result<(Vec<Exported
     for commit in commits(project, &git, &series, tip)? {
         let diff = |from: &str| rendered(&git, from, &commit.id, NOT_MANIFESTS);
         match (&commit.patch, exported.last_mut()) {
-            (None, _) => base.clone_from(&commit.id),
+            // Manifests only: no diff below shows it.
+            (None, _) => {}
             (Some(name), Some(last)) if *name == last.name => {
                 last.diff = diff(&base)?;
                 last.date = commit.date;
@@ -139,19 +141,25 @@ fn commits(project: &Project, git: &Git, series: &[String], tip: &str) -> Result
     let format = "--format=%H%x1f%cs%x1f%s%x1f%(trailers:key=Patch,valueonly,separator=%x2C)";
     let log = git.out(&["log", "--reverse", format, &range])?;
     let mut commits = Vec::new();
+    let mut last: Option<String> = None;
     for line in log.lines() {
         let mut fields = line.split('\x1f').map(str::to_string);
         let mut next = || fields.next().unwrap_or_default();
         let (id, date, subject, trailer) = (next(), next(), next(), next());
+        let manifests_only = rendered(git, &format!("{id}^"), &id, NOT_MANIFESTS)?.is_empty();
         let patch = match owner(&subjects, &subject, &trailer) {
             Some(name) => Some(name),
-            None if rendered(git, &format!("{id}^"), &id, NOT_MANIFESTS)?.is_empty() => None,
-            None => bail!(
+            None if manifests_only => None,
+            None => last.clone(),
+        };
+        if patch.is_none() && !manifests_only {
+            bail!(
                 "the commit `{subject}` belongs to no patch: start its subject with one of {} or add the \
                  line `Patch: NAME.patch` to its message",
                 series.iter().map(|n| stem(n)).collect::<Vec<_>>().join(", ")
-            ),
-        };
+            );
+        }
+        last = patch.clone().or(last);
         commits.push(Commit {
             id,
             subject,

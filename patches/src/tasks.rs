@@ -10,13 +10,15 @@ use anyhow::{bail, Context, Result};
 use crate::project::Project;
 use crate::registry::cargo;
 
-/// The packages of the host's workspace that are ours to build. One selection for build, tests and demo, so
-/// that cargo unifies features once and the host is compiled once.
-const HOST_PACKAGES: [&str; 4] = [
+/// What is built in the host's workspace. One selection for build, tests and demo, so that cargo unifies
+/// features once and compiles the host once.
+const HOST_PACKAGES: [&str; 6] = [
     "--package",
     "integration-tests",
     "--package",
     "mistralrs-cli",
+    "--features",
+    "mistralrs-cli/ott",
 ];
 const HOST_BUILD: [&str; 3] = ["build", "--release", "--bins"];
 const HOST_TEST: [&str; 2] = ["test", "--release"];

@@ -105,19 +105,32 @@ impl Facts<'_> {
 
     /// Whether `config.json` has an entry outside the language model's own part.
     pub fn has_outside_text(&self, name: &str) -> bool {
-        self.json.as_ref().and_then(|json| json.get(name)).is_some_and(|v| !v.is_null())
+        self.json
+            .as_ref()
+            .and_then(|json| json.get(name))
+            .is_some_and(|v| !v.is_null())
     }
 
     /// `layer_types` of `config.json`: empty if it does not say.
     pub fn layer_types(&self) -> Vec<&str> {
         let types = self.json_value("layer_types").and_then(Value::as_array);
-        types.into_iter().flatten().filter_map(Value::as_str).collect()
+        types
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect()
     }
 
     /// All names that the model's architecture goes by, as written.
     pub fn architectures(&self) -> Vec<&str> {
-        let class = self.json.as_ref().and_then(|json| json.get("architectures")?.get(0)?.as_str());
-        let outer = self.json.as_ref().and_then(|json| json.get("model_type")?.as_str());
+        let class = self
+            .json
+            .as_ref()
+            .and_then(|json| json.get("architectures")?.get(0)?.as_str());
+        let outer = self
+            .json
+            .as_ref()
+            .and_then(|json| json.get("model_type")?.as_str());
         let inner = self.json_value("model_type").and_then(Value::as_str);
         let gguf = self.gguf.map(|(_, architecture)| architecture);
         [class, outer, inner, gguf].into_iter().flatten().collect()
@@ -127,22 +140,31 @@ impl Facts<'_> {
     /// `GptOssForCausalLM` as well as in `gpt-oss`). Returns the family.
     pub fn family<'f>(&self, families: &[&'f str]) -> Option<&'f str> {
         let plain = |name: &str| -> String {
-            name.chars().filter(char::is_ascii_alphanumeric).collect::<String>().to_ascii_lowercase()
+            name.chars()
+                .filter(char::is_ascii_alphanumeric)
+                .collect::<String>()
+                .to_ascii_lowercase()
         };
         let ours: Vec<String> = self.architectures().into_iter().map(plain).collect();
-        families.iter().copied().find(|f| ours.iter().any(|name| name.starts_with(&plain(f))))
+        families
+            .iter()
+            .copied()
+            .find(|f| ours.iter().any(|name| name.starts_with(&plain(f))))
     }
 
     /// The language model's entry wins over the outer one; `null` counts as absent.
     fn json_value(&self, name: &str) -> Option<&Value> {
         let json = self.json.as_ref()?;
         let inner = json.get("text_config").and_then(|text| text.get(name));
-        inner.or_else(|| json.get(name)).filter(|value| !value.is_null())
+        inner
+            .or_else(|| json.get(name))
+            .filter(|value| !value.is_null())
     }
 
     fn gguf_value(&self, name: &str) -> Option<&str> {
         let (map, architecture) = self.gguf?;
         let (_, key) = GGUF_NAMES.iter().find(|(json, _)| *json == name)?;
-        map.get(&format!("{architecture}.{key}")).map(String::as_str)
+        map.get(&format!("{architecture}.{key}"))
+            .map(String::as_str)
     }
 }

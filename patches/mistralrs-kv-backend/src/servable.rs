@@ -16,7 +16,11 @@ pub struct KvRefusal {
 
 impl fmt::Display for KvRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the model `{}` cannot be served with a KV-cache backend:", self.model)?;
+        write!(
+            f,
+            "the model `{}` cannot be served with a KV-cache backend:",
+            self.model
+        )?;
         for reason in &self.reasons {
             write!(f, "\n  - {reason}")?;
         }
@@ -41,7 +45,10 @@ pub fn check_servable(source: &KvModelSource<'_>) -> Result<(), KvRefusal> {
     if reasons.is_empty() {
         return Ok(());
     }
-    Err(KvRefusal { model: source.name.to_owned(), reasons })
+    Err(KvRefusal {
+        model: source.name.to_owned(),
+        reasons,
+    })
 }
 
 type Rule = fn(&Facts<'_>) -> Option<String>;
@@ -67,7 +74,9 @@ fn latent_attention(facts: &Facts<'_>) -> Option<String> {
 
 fn attention_sinks(facts: &Facts<'_>) -> Option<String> {
     let family = facts.family(&["gpt_oss"])?;
-    Some(format!("the softmax of {family} has learned attention sinks in all layers"))
+    Some(format!(
+        "the softmax of {family} has learned attention sinks in all layers"
+    ))
 }
 
 /// Layers that read what other layers stored.
@@ -96,7 +105,9 @@ fn sliding_window(facts: &Facts<'_>) -> Option<String> {
         (Some(some), Some(all)) if some < all => format!("{some} of {all} layers"),
         _ => "all layers".to_owned(),
     };
-    let max = max.map_or("longer".to_owned(), |max| format!("up to {max} tokens long"));
+    let max = max.map_or("longer".to_owned(), |max| {
+        format!("up to {max} tokens long")
+    });
     Some(format!(
         "{layers} see the newest {window} tokens only (sliding_window), sequences may be {max}, and \
          a backend attends to every stored token"
@@ -139,17 +150,34 @@ fn chunked_attention(facts: &Facts<'_>) -> Option<String> {
 
 fn recurrent_layers(facts: &Facts<'_>) -> Option<String> {
     let types = facts.layer_types();
-    let recurrent = types.iter().find(|t| matches!(**t, "mamba" | "linear_attention")).copied();
+    let recurrent = types
+        .iter()
+        .find(|t| matches!(**t, "mamba" | "linear_attention"))
+        .copied();
     let families = ["granitemoehybrid", "qwen3_next", "qwen3_5"];
     let what = recurrent.or_else(|| facts.family(&families))?;
-    Some(format!("some layers keep recurrent state instead of keys and values ({what})"))
+    Some(format!(
+        "some layers keep recurrent state instead of keys and values ({what})"
+    ))
 }
 
 /// Prompts with images or audio take paths of the host that the seam does not cover.
 fn other_modalities(facts: &Facts<'_>) -> Option<String> {
-    let parts = ["vision_config", "audio_config", "img_processor", "audio_processor"];
+    let parts = [
+        "vision_config",
+        "audio_config",
+        "img_processor",
+        "audio_processor",
+    ];
     let part = parts.into_iter().find(|part| facts.has_outside_text(part));
-    let class = || facts.architectures().into_iter().find(|a| a.ends_with("ForConditionalGeneration"));
+    let class = || {
+        facts
+            .architectures()
+            .into_iter()
+            .find(|a| a.ends_with("ForConditionalGeneration"))
+    };
     let what = part.or_else(class)?;
-    Some(format!("it takes images or audio beside text ({what}); only text models are served"))
+    Some(format!(
+        "it takes images or audio beside text ({what}); only text models are served"
+    ))
 }

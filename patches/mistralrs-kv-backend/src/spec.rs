@@ -53,7 +53,8 @@ impl KvBackendSpec {
 
     /// The registered backend.
     pub fn provider(&self) -> Arc<dyn KvBackendProvider> {
-        find(self.name()).expect("a spec is only made for a registered backend; none is ever removed")
+        find(self.name())
+            .expect("a spec is only made for a registered backend; none is ever removed")
     }
 }
 

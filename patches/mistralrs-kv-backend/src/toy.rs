@@ -8,6 +8,7 @@
 //! a block of another sequence or allocating a block that is in use is an error. Options:
 //! `block=N`, tokens per block (128). [`faulty`] adds failures on demand.
 
+mod attention;
 pub mod faulty;
 
 use std::fmt;
@@ -16,14 +17,14 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 
+use attention::Head;
+
 use crate::{
     KvAttn, KvBackendProvider, KvCacheBackend, KvLayer, KvMemory, KvModelSource, KvPlan, KvRow,
     KvShape, KvStep,
 };
 
 const DEFAULT_BLOCK_SIZE: usize = 128;
-/// Tokens that mistral.rs's CPU attention folds into one partial softmax.
-const TILE: usize = 16;
 
 /// The provider of `toy-f32`, to be [registered](crate::register).
 pub fn provider() -> Arc<dyn KvBackendProvider> {
@@ -61,7 +62,10 @@ impl KvBackendProvider for Toy {
 
     fn memory(&self, shape: &KvShape) -> anyhow::Result<KvMemory> {
         let slot: usize = shape.layers.iter().map(|l| bytes_of(l) + SLOT_BYTES).sum();
-        Ok(KvMemory { per_block: shape.block_size * slot, fixed: 0 })
+        Ok(KvMemory {
+            per_block: shape.block_size * slot,
+            fixed: 0,
+        })
     }
 
     fn create(&self, shape: KvShape, num_blocks: usize) -> anyhow::Result<Arc<dyn KvCacheBackend>> {
@@ -101,7 +105,11 @@ impl Pool {
             owners: vec![None; num_blocks],
             complaint: None,
         };
-        Self { shape, num_blocks, state: RwLock::new(state) }
+        Self {
+            shape,
+            num_blocks,
+            state: RwLock::new(state),
+        }
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
@@ -115,7 +123,10 @@ impl Pool {
     fn layer(&self, layer: usize) -> Result<&KvLayer> {
         match self.shape.layers.get(layer) {
             Some(found) => Ok(found),
-            None => bail!("layer {layer} asked of a cache of {} layers", self.shape.layers.len()),
+            None => bail!(
+                "layer {layer} asked of a cache of {} layers",
+                self.shape.layers.len()
+            ),
         }
     }
 
@@ -151,15 +162,25 @@ impl Pool {
     fn check(&self, plan: &KvPlan) -> Result<()> {
         let size = self.shape.block_size;
         if plan.block_size != size {
-            bail!("plan with blocks of {} tokens for a cache of {size}", plan.block_size);
+            bail!(
+                "plan with blocks of {} tokens for a cache of {size}",
+                plan.block_size
+            );
         }
         if plan.rows.is_empty() {
             bail!("plan without rows");
         }
         for (i, row) in plan.rows.iter().enumerate() {
             let (seq, past, new) = (row.seq, row.past, row.new);
-            if let Some(block) = row.blocks.iter().find(|b| !(1..self.num_blocks).contains(*b)) {
-                bail!("sequence {seq}: block {block} is not one of 1..{}", self.num_blocks);
+            if let Some(block) = row
+                .blocks
+                .iter()
+                .find(|b| !(1..self.num_blocks).contains(*b))
+            {
+                bail!(
+                    "sequence {seq}: block {block} is not one of 1..{}",
+                    self.num_blocks
+                );
             }
             if new == 0 || (past + new).div_ceil(size) > row.blocks.len() {
                 bail!(
@@ -183,7 +204,10 @@ impl KvCacheBackend for ToyCache {
             bail!("{complaint}");
         }
         self.0.check(&plan)?;
-        Ok(Arc::new(ToyStep { pool: Arc::clone(&self.0), plan }))
+        Ok(Arc::new(ToyStep {
+            pool: Arc::clone(&self.0),
+            plan,
+        }))
     }
 
     fn allocated(&self, seq: usize, blocks: &[usize]) {
@@ -191,7 +215,9 @@ impl KvCacheBackend for ToyCache {
         let state = &mut *self.0.write();
         for &block in blocks {
             match state.owners.get(block).copied() {
-                None => state.complaint = Some(format!("block {block} was allocated: no such block")),
+                None => {
+                    state.complaint = Some(format!("block {block} was allocated: no such block"))
+                }
                 Some(Some(owner)) if owner != seq => {
                     let message = format!("block {block} of sequence {owner} was given to {seq}");
                     state.complaint = Some(message);
@@ -231,7 +257,9 @@ impl KvCacheBackend for ToyCache {
     fn allocated_bytes(&self) -> usize {
         let state = self.0.read();
         let layers = self.0.shape.layers.iter().zip(&state.slots);
-        layers.map(|(l, s)| s.len() * SLOT_BYTES + s.iter().flatten().count() * bytes_of(l)).sum()
+        layers
+            .map(|(l, s)| s.len() * SLOT_BYTES + s.iter().flatten().count() * bytes_of(l))
+            .sum()
     }
 }
 
@@ -242,7 +270,9 @@ struct ToyStep {
 
 impl fmt::Debug for ToyStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ToyStep").field("plan", &self.plan).finish_non_exhaustive()
+        f.debug_struct("ToyStep")
+            .field("plan", &self.plan)
+            .finish_non_exhaustive()
     }
 }
 
@@ -260,9 +290,16 @@ impl KvStep for ToyStep {
         let tokens = self.pool.tokens(&state, layer, row, row.past)?;
         let heads = shape.num_kv_heads;
         let gather = |range: Range<usize>, dim| -> Result<Tensor> {
-            let kv: Vec<f32> = tokens.iter().flat_map(|kv| &kv[range.clone()]).copied().collect();
+            let kv: Vec<f32> = tokens
+                .iter()
+                .flat_map(|kv| &kv[range.clone()])
+                .copied()
+                .collect();
             let kv = Tensor::from_vec(kv, (1, tokens.len(), heads, dim), &Device::Cpu)?;
-            kv.transpose(1, 2)?.to_dtype(dtype)?.contiguous()?.to_device(&shape.device)
+            kv.transpose(1, 2)?
+                .to_dtype(dtype)?
+                .contiguous()?
+                .to_device(&shape.device)
         };
         let (k, all) = (heads * shape.k_dim, heads * (shape.k_dim + shape.v_dim));
         Ok((gather(0..k, shape.k_dim)?, gather(k..all, shape.v_dim)?))
@@ -271,7 +308,10 @@ impl KvStep for ToyStep {
     fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
         let shape = self.pool.layer(layer)?;
         let tokens = k.dim(2)?;
-        let (k_len, v_len) = (shape.num_kv_heads * shape.k_dim, shape.num_kv_heads * shape.v_dim);
+        let (k_len, v_len) = (
+            shape.num_kv_heads * shape.k_dim,
+            shape.num_kv_heads * shape.v_dim,
+        );
         let k = self.by_token(k, (shape.num_kv_heads, tokens, shape.k_dim))?;
         let v = self.by_token(v, (shape.num_kv_heads, tokens, shape.v_dim))?;
         let state = &mut *self.pool.write();
@@ -328,7 +368,10 @@ impl KvStep for ToyStep {
             }
         }
         let out = Tensor::from_vec(out, (rows, tokens, heads, v_dim), &Device::Cpu)?;
-        out.transpose(1, 2)?.to_dtype(q.dtype())?.contiguous()?.to_device(&shape.device)
+        out.transpose(1, 2)?
+            .to_dtype(q.dtype())?
+            .contiguous()?
+            .to_device(&shape.device)
     }
 }
 
@@ -339,78 +382,12 @@ impl ToyStep {
         let expected = [self.plan.rows.len(), shape.0, shape.1, shape.2];
         let new = self.plan.rows.iter().map(|row| row.new).max().unwrap_or(0);
         if x.dims() != expected || new > shape.1 {
-            bail!("tensor of shape {:?} for {expected:?}, {new} of the tokens new", x.dims());
+            bail!(
+                "tensor of shape {:?} for {expected:?}, at least {new} tokens",
+                x.dims()
+            );
         }
         let x = x.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         x.transpose(1, 2)?.contiguous()?.flatten_all()?.to_vec1()
     }
-}
-
-/// One query head: where its key and value lie in a slot.
-struct Head<'a> {
-    q: &'a [f32],
-    k: Range<usize>,
-    v: Range<usize>,
-    attn: KvAttn,
-}
-
-/// A softmax over some tokens, not divided by its `sum` yet.
-struct Partial {
-    max: f32,
-    sum: f32,
-    out: Vec<f32>,
-}
-
-impl Head<'_> {
-    fn attend(&self, context: &[&[f32]], out: &mut [f32]) {
-        let tiles = context.chunks(TILE).map(|tile| self.tile(tile));
-        if let Some(all) = tiles.reduce(Partial::merge) {
-            let inverse = 1.0 / all.sum;
-            out.iter_mut().zip(&all.out).for_each(|(o, x)| *o = x * inverse);
-        }
-    }
-
-    fn tile(&self, tokens: &[&[f32]]) -> Partial {
-        let mut max = f32::NEG_INFINITY;
-        let mut sum = 0.0;
-        let mut out = vec![0.0; self.v.len()];
-        for kv in tokens {
-            let mut score = dot(self.q, &kv[self.k.clone()]) * self.attn.scale;
-            if let Some(softcap) = self.attn.softcap {
-                score = softcap * (score / softcap).tanh();
-            }
-            let (mut shrink, mut weight) = (1.0, 1.0);
-            if score > max {
-                shrink = (max - score).exp();
-                max = score;
-            } else {
-                weight = (score - max).exp();
-            }
-            for (o, x) in out.iter_mut().zip(&kv[self.v.clone()]) {
-                *o = *o * shrink + x * weight;
-            }
-            sum = sum * shrink + weight;
-        }
-        Partial { max, sum, out }
-    }
-}
-
-impl Partial {
-    fn merge(self, other: Self) -> Self {
-        let (mut high, low) = if self.max >= other.max { (self, other) } else { (other, self) };
-        let factor = (low.max - high.max).exp();
-        high.out.iter_mut().zip(&low.out).for_each(|(h, l)| *h += l * factor);
-        high.sum += low.sum * factor;
-        high
-    }
-}
-
-/// `a . b`, summed by fours.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a4, b4) = (a.chunks_exact(4), b.chunks_exact(4));
-    let (a_rest, b_rest) = (a4.remainder(), b4.remainder());
-    let fours = a4.zip(b4).fold(0f32, |sum, (a, b)| {
-        sum + (a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3])
-    });
-    a_rest.iter().zip(b_rest).fold(fours, |sum, (a, b)| sum + a * b)
 }

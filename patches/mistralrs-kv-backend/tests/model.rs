@@ -5,11 +5,18 @@ use std::collections::BTreeMap;
 use mistralrs_kv_backend::{check_servable, KvModelSource};
 
 const fn config<'a>(name: &'a str, json: &'a str) -> KvModelSource<'a> {
-    KvModelSource { name, config_json: Some(json), gguf: None }
+    KvModelSource {
+        name,
+        config_json: Some(json),
+        gguf: None,
+    }
 }
 
 fn gguf(entries: &[(&str, &str)]) -> BTreeMap<String, String> {
-    entries.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+    entries
+        .iter()
+        .map(|(k, v)| (k.to_string(), v.to_string()))
+        .collect()
 }
 
 const REFUSED: [(&str, &str); 13] = [
@@ -80,7 +87,8 @@ const REFUSED: [(&str, &str); 13] = [
 
 #[test]
 fn refusals() {
-    let told = REFUSED.map(|(name, json)| check_servable(&config(name, json)).unwrap_err().to_string());
+    let told =
+        REFUSED.map(|(name, json)| check_servable(&config(name, json)).unwrap_err().to_string());
     insta::assert_snapshot!(told.join("\n\n"));
 }
 
@@ -92,7 +100,11 @@ fn gguf_refusals() {
     ]);
     let sinks = gguf(&[("general.architecture", "gpt-oss")]);
     let told = [("DeepSeek-V2.gguf", deepseek), ("gpt-oss.gguf", sinks)].map(|(name, map)| {
-        let source = KvModelSource { name, config_json: None, gguf: Some(&map) };
+        let source = KvModelSource {
+            name,
+            config_json: None,
+            gguf: Some(&map),
+        };
         check_servable(&source).unwrap_err().to_string()
     });
     insta::assert_snapshot!(told.join("\n\n"));
@@ -123,9 +135,19 @@ fn served() {
         ("phi3.attention.sliding_window", "2047"),
         ("phi3.context_length", "4096"),
     ]);
-    let unknown = KvModelSource { name: "unknown", config_json: None, gguf: None };
+    let unknown = KvModelSource {
+        name: "unknown",
+        config_json: None,
+        gguf: None,
+    };
     assert_eq!(check_servable(&unknown), Ok(()));
-    assert_eq!(check_servable(&KvModelSource { gguf: Some(&phi), ..unknown }), Ok(()));
+    assert_eq!(
+        check_servable(&KvModelSource {
+            gguf: Some(&phi),
+            ..unknown
+        }),
+        Ok(())
+    );
 }
 
 fn shape(source: &KvModelSource<'_>) -> String {
@@ -150,15 +172,28 @@ fn shapes() {
         ("llama.context_length", "8192"),
     ]);
     let sources = [
-        KvModelSource { name: "", config_json: None, gguf: Some(&smollm) },
+        KvModelSource {
+            name: "",
+            config_json: None,
+            gguf: Some(&smollm),
+        },
         config(
             "",
             r#"{"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8,
                 "head_dim": 128, "num_hidden_layers": 28, "max_position_embeddings": 40960}"#,
         ),
-        config("", r#"{"hidden_size": 2560, "num_attention_heads": 32, "head_dim": null}"#),
-        config("", r#"{"text_config": {"hidden_size": 64, "num_attention_heads": 2}, "hidden_size": 9}"#),
-        config("", r#"{"kv_lora_rank": 512, "hidden_size": 64, "num_attention_heads": 2}"#),
+        config(
+            "",
+            r#"{"hidden_size": 2560, "num_attention_heads": 32, "head_dim": null}"#,
+        ),
+        config(
+            "",
+            r#"{"text_config": {"hidden_size": 64, "num_attention_heads": 2}, "hidden_size": 9}"#,
+        ),
+        config(
+            "",
+            r#"{"kv_lora_rank": 512, "hidden_size": 64, "num_attention_heads": 2}"#,
+        ),
         config("", "{"),
     ];
     insta::assert_snapshot!(sources.map(|source| shape(&source)).join("\n"));

@@ -33,7 +33,11 @@ struct Fault {
 
 impl Fault {
     fn parse(options: &str) -> anyhow::Result<Self> {
-        let mut fault = Self { layer: None, after_steps: 0, times: 1 };
+        let mut fault = Self {
+            layer: None,
+            after_steps: 0,
+            times: 1,
+        };
         for option in options.split(',').filter(|o| !o.is_empty()) {
             match option.split_once('=').map(|(key, n)| (key, n.parse())) {
                 Some(("fail_layer", Ok(n))) => fault.layer = Some(n),
@@ -77,7 +81,11 @@ impl KvBackendProvider for Faulty {
     fn create(&self, shape: KvShape, num_blocks: usize) -> anyhow::Result<Arc<dyn KvCacheBackend>> {
         let fault = Fault::parse(&shape.options)?;
         let cache = self.0.create(shape, num_blocks)?;
-        Ok(Arc::new(FaultyCache { cache, fault, steps: AtomicUsize::new(0) }))
+        Ok(Arc::new(FaultyCache {
+            cache,
+            fault,
+            steps: AtomicUsize::new(0),
+        }))
     }
 }
 
@@ -111,7 +119,11 @@ impl KvCacheBackend for FaultyCache {
     }
 
     fn describe(&self) -> String {
-        format!("{}; fails as asked: {:?}", self.cache.describe(), self.fault)
+        format!(
+            "{}; fails as asked: {:?}",
+            self.cache.describe(),
+            self.fault
+        )
     }
 
     fn allocated_bytes(&self) -> usize {
@@ -129,7 +141,10 @@ struct FaultyStep {
 impl FaultyStep {
     fn check(&self, layer: usize) -> Result<()> {
         if layer == self.layer {
-            bail!("toy-faulty: step {} fails in layer {layer}, as asked", self.step);
+            bail!(
+                "toy-faulty: step {} fails in layer {layer}, as asked",
+                self.step
+            );
         }
         Ok(())
     }

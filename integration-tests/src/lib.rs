@@ -1,0 +1,5 @@
+//! The real engine with a real model, for the tests and the demo.
+
+pub mod engine;
+pub mod model;
+pub mod server;

@@ -1,0 +1,112 @@
+//! Model files: where they are, and a form in which the host's CPU matmuls are fast.
+
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, Context, Result};
+use candle_core::quantized::gguf_file::{self, Content, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::Device;
+
+/// SmolLM2-135M-Instruct as the Python registry carries it (llama, 30 layers, 9/3 heads of 64).
+pub const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+
+/// The folder that `cargo demo` and `cargo verify` keep models in.
+pub fn folder() -> Result<PathBuf> {
+    let set = |name: &str| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
+    let cache = match (set("OTT_CACHE_DIR"), set("XDG_CACHE_HOME")) {
+        (Some(dir), _) => dir,
+        (None, Some(cache)) => cache.join("ott-mistralrs"),
+        (None, None) => std::env::home_dir()
+            .context("there is no home folder: set OTT_CACHE_DIR")?
+            .join(".cache/ott-mistralrs"),
+    };
+    Ok(cache.join("models"))
+}
+
+/// SmolLM2 with 8-bit weights.
+pub fn smollm2() -> Result<PathBuf> {
+    fast(&folder()?.join(SMOLLM2))
+}
+
+/// `path` if the host multiplies its weights fast, or else a copy beside it with 8-bit weights: the
+/// host has no SIMD for Q4_1 and Q5 on the CPU. Made once.
+pub fn fast(path: &Path) -> Result<PathBuf> {
+    let mut reader = BufReader::new(File::open(path).with_context(|| {
+        format!(
+            "{} is missing: `cargo verify` and `cargo demo` fetch it",
+            path.display()
+        )
+    })?);
+    let content = Content::read(&mut reader)?;
+    let slow = |t: GgmlDType| matches!(t, GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1);
+    if !content
+        .tensor_infos
+        .values()
+        .any(|info| slow(info.ggml_dtype))
+    {
+        return Ok(path.to_owned());
+    }
+    let copy = path.with_extension("Q8_0.gguf");
+    if !copy.exists() {
+        eprintln!("Converting {} to 8-bit weights (once)", path.display());
+        let partial = copy.with_extension(format!("partial-{}", std::process::id()));
+        requantize(&content, &mut reader, &partial)?;
+        std::fs::rename(&partial, &copy)?;
+    }
+    Ok(copy)
+}
+
+fn requantize(content: &Content, reader: &mut BufReader<File>, to: &Path) -> Result<()> {
+    let mut tensors = Vec::with_capacity(content.tensor_infos.len());
+    for name in content.tensor_infos.keys() {
+        let tensor = content.tensor(reader, name, &Device::Cpu)?;
+        let plain = matches!(
+            tensor.dtype(),
+            GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16
+        );
+        let tensor = match plain {
+            true => tensor,
+            false => QTensor::quantize(&tensor.dequantize(&Device::Cpu)?, GgmlDType::Q8_0)?,
+        };
+        tensors.push((name.as_str(), tensor));
+    }
+    let tensors: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| (*name, tensor))
+        .collect();
+    let metadata: Vec<_> = content
+        .metadata
+        .iter()
+        .map(|(key, value)| (key.as_str(), value))
+        .collect();
+    let mut writer = BufWriter::new(File::create(to)?);
+    gguf_file::write(&mut writer, &metadata, &tensors)?;
+    Ok(writer.flush()?)
+}
+
+/// Bytes of one token's keys and values in f16, all layers, from the file's metadata.
+pub fn f16_bytes_per_token(path: &Path) -> Result<usize> {
+    let content = Content::read(&mut BufReader::new(File::open(path)?))?;
+    let Some(Value::String(arch)) = content.metadata.get("general.architecture") else {
+        bail!("{} names no architecture", path.display());
+    };
+    let number = |key: &str| -> Result<usize> {
+        let key = format!("{arch}.{key}");
+        let value = content
+            .metadata
+            .get(&key)
+            .with_context(|| format!("no `{key}` in the file"))?;
+        Ok(value.to_u32()? as usize)
+    };
+    let heads = number("attention.head_count")?;
+    let kv_heads = number("attention.head_count_kv").unwrap_or(heads);
+    let dim = number("attention.key_length")
+        .or_else(|_| anyhow::Ok(number("embedding_length")? / heads))?;
+    Ok(number("block_count")? * kv_heads * 2 * dim * 2)
+}

@@ -1,0 +1,106 @@
+//! What cannot be served is refused before the weights are read, with a way out.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+use integration_tests::server::program;
+
+/// What `mistralrs serve` says of a model folder that holds a configuration and no weights.
+fn refusal(name: &str, config: &str, args: &[&str]) -> Result<String> {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&folder)?;
+    std::fs::write(folder.join("config.json"), config)?;
+    std::fs::write(folder.join("tokenizer.json"), "{}")?;
+    std::fs::write(folder.join("model.safetensors"), "no weights")?;
+    said(
+        Command::new(program("mistralrs")?)
+            .args(["--token-source", "none", "serve", "--cpu", "-m"])
+            .arg(&folder)
+            .args(args),
+    )
+    .map(|text| text.replace(&*folder.to_string_lossy(), "MODEL"))
+}
+
+/// The error of a program that must fail, without log lines and backtrace.
+fn said(command: &mut Command) -> Result<String> {
+    let output = command
+        .env("RUST_BACKTRACE", "0")
+        .env("RUST_LOG", "off")
+        .output()?;
+    assert!(!output.status.success(), "{command:?} succeeded");
+    let text = String::from_utf8(output.stderr)?;
+    Ok(text
+        .split("\nStack backtrace")
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_owned())
+}
+
+const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 64,
+ "intermediate_size": 64, "vocab_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
+ "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 128}"#;
+
+#[test]
+fn contradictions_and_bad_specs() -> Result<()> {
+    let cases: [(&str, &[&str]); 5] = [
+        ("unknown backend", &["--kv-cache", "zip"]),
+        ("unknown option", &["--kv-cache", "ott:speed=9"]),
+        ("bad value", &["--kv-cache", "ott:bits=5"]),
+        (
+            "paged attention off",
+            &["--kv-cache", "ott", "--paged-attn", "off"],
+        ),
+        (
+            "cache type",
+            &["--kv-cache", "ott", "--pa-cache-type", "f8e4m3"],
+        ),
+    ];
+    let mut all = String::new();
+    for (what, args) in cases {
+        all += &format!("{what}:\n{}\n\n", refusal("llama", LLAMA, args)?);
+    }
+    insta::assert_snapshot!(all);
+    Ok(())
+}
+
+#[test]
+fn models_no_backend_can_serve() -> Result<()> {
+    let mla = LLAMA
+        .replace("LlamaForCausalLM", "DeepseekV3ForCausalLM")
+        .replacen(
+            '{',
+            r#"{"model_type": "deepseek_v3", "kv_lora_rank": 512, "#,
+            1,
+        );
+    let window = LLAMA
+        .replace("LlamaForCausalLM", "MistralForCausalLM")
+        .replacen(
+            '{',
+            r#"{"model_type": "mistral", "sliding_window": 64, "#,
+            1,
+        );
+    let mut all = String::new();
+    for (what, config) in [("latent attention", mla), ("sliding window", window)] {
+        all += &format!(
+            "{what}:\n{}\n\n",
+            refusal(&what.replace(' ', "-"), &config, &["--kv-cache", "ott"])?
+        );
+    }
+    insta::assert_snapshot!(all);
+    Ok(())
+}
+
+#[test]
+fn help_names_the_option() -> Result<()> {
+    let help = Command::new(program("mistralrs-server")?)
+        .arg("--help")
+        .output()?;
+    let help = String::from_utf8(help.stdout)?;
+    assert!(
+        help.contains("--kv-cache <SPEC>") && help.contains("registered: ott"),
+        "{help}"
+    );
+    Ok(())
+}

@@ -1,0 +1,196 @@
+//! The seam: the host's words in, our words out. The only room that knows candle and the host.
+
+mod provider;
+mod tensor;
+
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::{DType, Result, Tensor};
+use mistralrs_kv_backend::{KvAttn, KvCacheBackend, KvPlan, KvStep};
+
+pub use provider::{provider, register, OttProvider};
+pub use tensor::Activation;
+
+use crate::attention::{decode, Queries};
+use crate::cache::{Cache, LayerStats, Row};
+use crate::error::Error;
+use tensor::{tensor, Rows};
+
+/// The cache of one model whose activations are `E`.
+#[derive(Debug)]
+pub struct OttBackend<E> {
+    cache: Arc<Cache<E>>,
+    group_size: usize,
+    num_heads: Arc<[usize]>,
+    description: String,
+}
+
+/// What tests and demonstrations may look at.
+pub trait Inspect: Send + Sync {
+    /// Number of layers.
+    fn num_layers(&self) -> usize;
+    /// Counts of one layer; `None` if there is no such layer.
+    fn stats(&self, layer: usize) -> Option<LayerStats>;
+    /// The page of a sealed block in one layer.
+    fn page(&self, layer: usize, block: usize) -> Option<Vec<u8>>;
+    /// Bytes held now, all layers.
+    fn bytes(&self) -> usize;
+}
+
+impl<E: Activation> Inspect for OttBackend<E> {
+    fn num_layers(&self) -> usize {
+        self.cache.num_layers()
+    }
+
+    fn stats(&self, layer: usize) -> Option<LayerStats> {
+        Some(self.cache.layer(layer).ok()?.stats())
+    }
+
+    fn page(&self, layer: usize, block: usize) -> Option<Vec<u8>> {
+        let layer = self.cache.layer(layer).ok()?;
+        layer.page(block).map(<[u8]>::to_vec)
+    }
+
+    fn bytes(&self) -> usize {
+        self.cache.allocated_bytes()
+    }
+}
+
+impl<E: Activation> KvCacheBackend for OttBackend<E> {
+    fn begin_step(&self, plan: KvPlan) -> Result<Arc<dyn KvStep>> {
+        if plan.block_size != self.group_size {
+            return Err(seam(Error::PlanBlockSize {
+                plan: plan.block_size,
+                group: self.group_size,
+            }));
+        }
+        self.cache.begin(&rows(&plan)).map_err(seam)?;
+        Ok(Arc::new(OttStep {
+            cache: Arc::clone(&self.cache),
+            num_heads: Arc::clone(&self.num_heads),
+            plan,
+        }))
+    }
+
+    fn allocated(&self, _seq: usize, blocks: &[usize]) {
+        self.cache.allocated(blocks);
+    }
+
+    fn released(&self, _seq: usize, blocks: &[usize]) {
+        self.cache.released(blocks);
+    }
+
+    fn reset(&self) {
+        self.cache.reset();
+    }
+
+    fn describe(&self) -> String {
+        self.description.clone()
+    }
+
+    fn allocated_bytes(&self) -> usize {
+        self.cache.allocated_bytes()
+    }
+}
+
+/// One forward pass.
+struct OttStep<E> {
+    cache: Arc<Cache<E>>,
+    num_heads: Arc<[usize]>,
+    plan: KvPlan,
+}
+
+impl<E> fmt::Debug for OttStep<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OttStep")
+            .field("plan", &self.plan)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<E: Activation> KvStep for OttStep<E> {
+    fn plan(&self) -> &KvPlan {
+        &self.plan
+    }
+
+    fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
+        let rows = rows(&self.plan);
+        let Some(row) = rows.get(row) else {
+            let rows = rows.len();
+            return Err(seam(Error::NoSuchRow { row, rows }));
+        };
+        let cache = self.cache.layer(layer).map_err(seam)?;
+        let layout = &cache.spec().layout;
+        let (heads, past) = (layout.num_kv_heads, row.past);
+        let (k, v) = cache.gather(row).map_err(seam)?;
+        Ok((
+            tensor(k, (1, heads, past, layout.k_dim), dtype)?,
+            tensor(v, (1, heads, past, layout.v_dim), dtype)?,
+        ))
+    }
+
+    fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (heads, k_dim, v_dim) = {
+            let cache = self.cache.layer(layer).map_err(seam)?;
+            let layout = &cache.spec().layout;
+            (layout.num_kv_heads, layout.k_dim, layout.v_dim)
+        };
+        let rows = rows(&self.plan);
+        let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
+        let k = Rows::new::<E>("k", k, (rows.len(), heads, new, k_dim))?;
+        let v = Rows::new::<E>("v", v, (rows.len(), heads, new, v_dim))?;
+        k.with::<E, _>(|k| {
+            v.with::<E, _>(|v| {
+                let mut rows = rows.iter().enumerate();
+                rows.try_for_each(|(i, row)| self.cache.append(layer, row, &k.row(i), &v.row(i)))
+            })
+        })??
+        .map_err(seam)
+    }
+
+    fn decode(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        attn: KvAttn,
+    ) -> Result<Tensor> {
+        self.append(layer, k, v)?;
+        let cache = self.cache.layer(layer).map_err(seam)?;
+        let layout = &cache.spec().layout;
+        let rows = rows(&self.plan);
+        let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
+        let num_heads = self.num_heads[layer];
+        let queries = Rows::new::<E>("q", q, (rows.len(), num_heads, new, layout.k_dim))?;
+        let tokens = queries.tokens();
+        let wide = queries.widened::<E>(attn.scale)?;
+        let mut out = vec![0f32; rows.len() * num_heads * tokens * layout.v_dim];
+        let queries = Queries {
+            q: &wide,
+            num_heads,
+            tokens,
+            softcap: attn.softcap,
+        };
+        decode(&cache, &rows, &queries, &mut out);
+        let out: Vec<E> = out.into_iter().map(E::round).collect();
+        let shape = (rows.len(), num_heads, tokens, layout.v_dim);
+        tensor(out, shape, q.dtype())
+    }
+}
+
+fn rows(plan: &KvPlan) -> Vec<Row<'_>> {
+    let rows = plan.rows.iter();
+    rows.map(|row| Row {
+        seq: row.seq,
+        past: row.past,
+        new: row.new,
+        table: &row.blocks,
+    })
+    .collect()
+}
+
+fn seam(error: Error) -> candle_core::Error {
+    candle_core::Error::wrap(error)
+}

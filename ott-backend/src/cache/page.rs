@@ -1,0 +1,80 @@
+//! One head's part of a sealed page, read.
+
+use crate::cpu::{Keys, Values};
+use crate::layout::{f16_at, PageLayout, NO_SLOT};
+use crate::pack::{packed_len, unpack_f32};
+
+/// One head's part of a sealed page.
+#[derive(Clone, Copy, Debug)]
+pub struct PageHead<'a> {
+    /// Where things lie.
+    pub layout: &'a PageLayout,
+    /// The part's bytes.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> PageHead<'a> {
+    /// Quantized keys.
+    pub fn keys(&self) -> Keys<'a> {
+        Keys {
+            bits: self.layout.k_bits,
+            tokens: self.layout.group_size,
+            codes: &self.bytes[self.layout.k_codes.clone()],
+            scale: &self.bytes[self.layout.k_scale.clone()],
+            min: &self.bytes[self.layout.k_min.clone()],
+        }
+    }
+
+    /// Quantized values.
+    pub fn values(&self) -> Values<'a> {
+        Values {
+            bits: self.layout.v_bits,
+            tokens: self.layout.group_size,
+            v_dim: self.layout.v_dim,
+            codes: &self.bytes[self.layout.v_codes.clone()],
+            scale: &self.bytes[self.layout.v_scale.clone()],
+            min: &self.bytes[self.layout.v_min.clone()],
+        }
+    }
+
+    /// Places in the group of the tokens that are traced, ascending.
+    pub fn traced(&self) -> &'a [u8] {
+        let slots = &self.bytes[self.layout.slots.clone()];
+        let len = slots.iter().take_while(|s| **s != NO_SLOT).count();
+        &slots[..len]
+    }
+
+    /// Keys as numbers, `(G, k_dim)`; traced tokens read as the group's mean.
+    pub fn dequantize_keys(&self, out: &mut [f32]) {
+        let (keys, k_dim) = (self.keys(), self.layout.k_dim);
+        let mut codes = vec![0.0; keys.tokens];
+        let bytes = packed_len(keys.tokens, keys.bits);
+        for (c, packed) in keys.codes.chunks_exact(bytes).enumerate() {
+            unpack_f32(packed, keys.bits, &mut codes);
+            let (scale, min) = (f16_at(keys.scale, c).to_f32(), f16_at(keys.min, c).to_f32());
+            for (t, code) in codes.iter().enumerate() {
+                out[t * k_dim + c] = code * scale + min;
+            }
+        }
+    }
+
+    /// Values as numbers, `(G, v_dim)`; traced tokens read as the group's mean.
+    pub fn dequantize_values(&self, out: &mut [f32]) {
+        let (values, tokens) = (self.values(), self.layout.group_size);
+        let token_bytes = self.layout.v_token_bytes();
+        let rows = out.chunks_exact_mut(self.layout.v_dim);
+        for (t, (packed, row)) in values.codes.chunks_exact(token_bytes).zip(rows).enumerate() {
+            for group in 0..self.layout.v_groups() {
+                let channels = self.layout.v_group(group);
+                let start = packed_len(channels.start, values.bits);
+                let packed = &packed[start..start + packed_len(channels.len(), values.bits)];
+                let at = group * tokens + t;
+                let scale = f16_at(values.scale, at).to_f32();
+                let min = f16_at(values.min, at).to_f32();
+                let row = &mut row[channels];
+                unpack_f32(packed, values.bits, row);
+                row.iter_mut().for_each(|x| *x = *x * scale + min);
+            }
+        }
+    }
+}

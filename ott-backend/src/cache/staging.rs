@@ -1,0 +1,115 @@
+//! Full-precision tokens that are not sealed yet, in chunks of 32 tokens.
+
+use std::mem::size_of;
+
+use super::element::Element;
+use crate::layout::PageLayout;
+
+/// Tokens of a chunk.
+pub const CHUNK: usize = 32;
+
+/// Bytes of tables that a chunk costs at worst: its pointer and a place in the free list, both in
+/// vectors that double and begin with four.
+const TABLE_BYTES: usize = 4 * (size_of::<Box<[u8]>>() + size_of::<u32>());
+
+/// Chunks of one layer: each holds all kv heads, per head 32 keys and then 32 values.
+///
+/// Chunks are made when they are first needed, never more than `limit`, and kept.
+#[derive(Debug)]
+pub struct Staging<E> {
+    chunks: Vec<Box<[E]>>,
+    free: Vec<u32>,
+    limit: usize,
+    heads: usize,
+    k_dim: usize,
+    v_dim: usize,
+}
+
+impl<E: Element> Staging<E> {
+    /// An empty store.
+    pub fn new(layout: &PageLayout, limit: usize) -> Self {
+        Self {
+            chunks: Vec::new(),
+            free: Vec::new(),
+            limit,
+            heads: layout.num_kv_heads,
+            k_dim: layout.k_dim,
+            v_dim: layout.v_dim,
+        }
+    }
+
+    /// Bytes of a store of `limit` chunks at worst.
+    pub fn worst_bytes(layout: &PageLayout, limit: usize) -> usize {
+        let numbers = layout.num_kv_heads * CHUNK * (layout.k_dim + layout.v_dim);
+        limit.saturating_mul(numbers * size_of::<E>() + TABLE_BYTES)
+    }
+
+    /// Bytes held now.
+    pub fn allocated_bytes(&self) -> usize {
+        let numbers: usize = self.chunks.iter().map(|c| c.len()).sum();
+        let tables = self.chunks.capacity() * size_of::<Box<[E]>>()
+            + self.free.capacity() * size_of::<u32>();
+        numbers * size_of::<E>() + tables
+    }
+
+    /// Chunks in use.
+    pub fn in_use(&self) -> usize {
+        self.chunks.len() - self.free.len()
+    }
+
+    /// Make chunks until `total` of them exist; false beyond the limit.
+    pub fn reserve(&mut self, total: usize) -> bool {
+        if total > self.limit {
+            return false;
+        }
+        while self.chunks.len() < total {
+            let numbers = self.heads * CHUNK * (self.k_dim + self.v_dim);
+            self.free.push(self.chunks.len() as u32);
+            self.chunks.push(vec![E::default(); numbers].into());
+        }
+        true
+    }
+
+    /// A free chunk; `None` at the limit.
+    pub fn take(&mut self) -> Option<u32> {
+        if self.free.is_empty() && !self.reserve(self.chunks.len() + 1) {
+            return None;
+        }
+        self.free.pop()
+    }
+
+    /// Give a chunk back.
+    pub fn give(&mut self, chunk: u32) {
+        self.free.push(chunk);
+    }
+
+    /// All chunks are free.
+    pub fn reset(&mut self) {
+        self.free.clear();
+        self.free.extend(0..self.chunks.len() as u32);
+    }
+
+    /// Keys `(32, k_dim)` and values `(32, v_dim)` of one head.
+    pub fn head(&self, chunk: u32, head: usize) -> (&[E], &[E]) {
+        let size = CHUNK * (self.k_dim + self.v_dim);
+        self.chunks[chunk as usize][head * size..][..size].split_at(CHUNK * self.k_dim)
+    }
+
+    /// Key and value of one token.
+    pub fn token(&self, chunk: u32, head: usize, t: usize) -> (&[E], &[E]) {
+        let (k, v) = self.head(chunk, head);
+        (
+            &k[t * self.k_dim..][..self.k_dim],
+            &v[t * self.v_dim..][..self.v_dim],
+        )
+    }
+
+    /// Write one token.
+    pub fn write(&mut self, chunk: u32, head: usize, t: usize, k: &[E], v: &[E]) {
+        let size = CHUNK * (self.k_dim + self.v_dim);
+        let head = &mut self.chunks[chunk as usize][head * size..][..size];
+        let (keys, values) = head.split_at_mut(CHUNK * self.k_dim);
+        keys[t * self.k_dim..][..self.k_dim].copy_from_slice(k);
+        values[t * self.v_dim..][..self.v_dim].copy_from_slice(v);
+    }
+}

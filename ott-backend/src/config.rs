@@ -1,0 +1,354 @@
+//! What is kept, at how many bits: parsed from the text after `ott:` and valid ever after.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+
+/// Which ranges are searched for the least squared error instead of taken from min to max.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Clip {
+    /// Ranges reach from the group's min to its max (the paper).
+    None,
+    /// Keys only: the largest gain in quality that costs no bytes. Clipping values hurts.
+    Keys,
+}
+
+/// Settings of the cache. [`OttConfig::parse`] makes valid ones; after setting fields by hand, ask
+/// [`OttConfig::validate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OttConfig {
+    /// Bits per key code: 2, 3, 4 or 8.
+    pub k_bits: u8,
+    /// Bits per value code: 2, 3, 4 or 8.
+    pub v_bits: u8,
+    /// G: tokens that are sealed together, and tokens of a block: 32, 64 or 128.
+    pub group_size: usize,
+    /// R: tokens at least that stay in full precision; a multiple of 32, at most G.
+    pub residual: usize,
+    /// N: members of the outlier pool, 0 to 16; 0 traces nothing.
+    pub outliers: usize,
+    /// Tokens that may leave the pool before tracing stops, 0 to 254.
+    pub extra: usize,
+    /// First layers that do not trace.
+    pub exempt_layers: usize,
+    /// Range search.
+    pub clip: Clip,
+}
+
+impl Default for OttConfig {
+    /// What measures best at 2.5 page bits at most: the paper with clipped key ranges.
+    fn default() -> Self {
+        Self {
+            clip: Clip::Keys,
+            ..Self::paper()
+        }
+    }
+}
+
+impl OttConfig {
+    /// The paper to the letter (arXiv 2505.10938, section 4): G 128, R 32, N 3, extra 32, 2 bits.
+    pub const fn paper() -> Self {
+        Self {
+            k_bits: 2,
+            v_bits: 2,
+            group_size: 128,
+            residual: 32,
+            outliers: 3,
+            extra: 32,
+            exempt_layers: 2,
+            clip: Clip::None,
+        }
+    }
+
+    /// KIVI (arXiv 2402.02750) in our code: no tracing, a window of 128 tokens.
+    pub const fn kivi() -> Self {
+        Self {
+            residual: 128,
+            outliers: 0,
+            extra: 0,
+            exempt_layers: 0,
+            ..Self::paper()
+        }
+    }
+
+    /// Read `[preset][,name=value]...`; the empty text is [`OttConfig::default`].
+    ///
+    /// # Errors
+    /// If an option is unknown, given twice, out of range or contradicts another one; the message
+    /// lists the valid ones.
+    pub fn parse(options: &str) -> Result<Self> {
+        let mut config = Self::default();
+        let mut seen: Vec<&str> = Vec::new();
+        if options.trim().is_empty() {
+            return Ok(config);
+        }
+        for (i, item) in options.split(',').map(str::trim).enumerate() {
+            let Some((name, value)) = item.split_once('=') else {
+                config = Self::preset(item, i)?;
+                continue;
+            };
+            let (name, value) = (name.trim(), value.trim());
+            if seen.contains(&name) {
+                return Err(Error::DuplicateOption {
+                    option: name.into(),
+                });
+            }
+            config.set(name, value)?;
+            seen.push(name);
+        }
+        let given = |name| seen.contains(&name);
+        if given("bits") && (given("k_bits") || given("v_bits")) {
+            return Err(Error::Contradiction {
+                why: "`bits` sets both k_bits and v_bits: give it alone, or give those two",
+            });
+        }
+        if config.outliers == 0 {
+            if given("extra") || given("exempt_layers") {
+                return Err(Error::Contradiction {
+                    why: "without outliers nothing is traced: leave extra and exempt_layers out, \
+                          or set outliers to 1 or more",
+                });
+            }
+            (config.extra, config.exempt_layers) = (0, 0);
+        }
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Check the ranges of all fields.
+    ///
+    /// # Errors
+    /// Naming the field, its value and the values it takes.
+    pub fn validate(&self) -> Result<()> {
+        let check = |ok: bool, option: &str, value: usize, takes| match ok {
+            true => Ok(()),
+            false => Err(Error::BadValue {
+                option: option.into(),
+                value: value.to_string().into(),
+                takes,
+            }),
+        };
+        let bits = |b| matches!(b, 2 | 3 | 4 | 8);
+        check(bits(self.k_bits), "k_bits", self.k_bits.into(), BITS)?;
+        check(bits(self.v_bits), "v_bits", self.v_bits.into(), BITS)?;
+        let group = matches!(self.group_size, 32 | 64 | 128);
+        check(group, "group", self.group_size, "32, 64 or 128")?;
+        let residual = self.residual.is_multiple_of(32);
+        check(residual, "residual", self.residual, "a multiple of 32")?;
+        check(self.outliers <= 16, "outliers", self.outliers, "0 to 16")?;
+        check(self.extra <= 254, "extra", self.extra, "0 to 254")?;
+        if self.residual > self.group_size {
+            return Err(Error::ResidualTooLong {
+                residual: self.residual,
+                group: self.group_size,
+            });
+        }
+        Ok(())
+    }
+
+    /// Members of the outlier pool in `layer`.
+    pub fn outliers_in(&self, layer: usize) -> usize {
+        match layer < self.exempt_layers {
+            true => 0,
+            false => self.outliers,
+        }
+    }
+
+    fn preset(name: &str, position: usize) -> Result<Self> {
+        let preset = match name {
+            "paper" => Self::paper(),
+            "kivi" => Self::kivi(),
+            _ => {
+                return Err(Error::UnknownOption {
+                    option: name.into(),
+                })
+            }
+        };
+        if position > 0 {
+            return Err(Error::MisplacedPreset {
+                preset: name.into(),
+            });
+        }
+        Ok(preset)
+    }
+
+    fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        match name {
+            "bits" => {
+                self.k_bits = number(name, value, BITS)?;
+                self.v_bits = self.k_bits;
+            }
+            "k_bits" => self.k_bits = number(name, value, BITS)?,
+            "v_bits" => self.v_bits = number(name, value, BITS)?,
+            "group" => self.group_size = number(name, value, "32, 64 or 128")?,
+            "residual" => self.residual = number(name, value, "a multiple of 32")?,
+            "outliers" => self.set_outliers(number(name, value, "0 to 16")?),
+            "extra" => self.extra = number(name, value, "0 to 254")?,
+            "exempt_layers" => self.exempt_layers = number(name, value, "a number of layers")?,
+            "clip" => {
+                self.clip = match value {
+                    "none" => Clip::None,
+                    "k" => Clip::Keys,
+                    _ => return Err(bad(name, value, "none or k")),
+                }
+            }
+            _ => {
+                return Err(Error::UnknownOption {
+                    option: name.into(),
+                })
+            }
+        }
+        Ok(())
+    }
+
+    /// Tracing switched on over a preset without it takes the paper's extra store and exemption.
+    fn set_outliers(&mut self, outliers: usize) {
+        if self.outliers == 0 {
+            self.extra = Self::paper().extra;
+            self.exempt_layers = Self::paper().exempt_layers;
+        }
+        self.outliers = outliers;
+    }
+}
+
+const BITS: &str = "2, 3, 4 or 8";
+
+fn number<T: FromStr>(name: &str, value: &str, takes: &'static str) -> Result<T> {
+    value.parse().map_err(|_| bad(name, value, takes))
+}
+
+fn bad(name: &str, value: &str, takes: &'static str) -> Error {
+    Error::BadValue {
+        option: name.into(),
+        value: value.into(),
+        takes,
+    }
+}
+
+/// Canonical text: equal settings, equal text, and [`OttConfig::parse`] reads it back.
+impl fmt::Display for OttConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "k_bits={},v_bits={},group={},residual={},outliers={}",
+            self.k_bits, self.v_bits, self.group_size, self.residual, self.outliers
+        )?;
+        if self.outliers > 0 {
+            write!(
+                f,
+                ",extra={},exempt_layers={}",
+                self.extra, self.exempt_layers
+            )?;
+        }
+        f.write_str(match self.clip {
+            Clip::None => ",clip=none",
+            Clip::Keys => ",clip=k",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(options: &str) -> String {
+        match OttConfig::parse(options) {
+            Ok(config) => config.to_string(),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn canonical_text_is_read_back() {
+        for options in [
+            "",
+            "paper",
+            "kivi",
+            "bits=4",
+            "k_bits=3",
+            "group=32,residual=0",
+        ] {
+            let config = OttConfig::parse(options).expect("valid");
+            assert_eq!(
+                OttConfig::parse(&config.to_string()),
+                Ok(config),
+                "{options}"
+            );
+        }
+    }
+
+    #[test]
+    fn presets_and_options() {
+        let table: Vec<String> = [
+            "",
+            "paper",
+            "kivi",
+            "bits=4",
+            "k_bits=3, group=64",
+            "kivi,outliers=3",
+        ]
+        .iter()
+        .map(|options| format!("{options:18} -> {}", parsed(options)))
+        .collect();
+        insta::assert_snapshot!(table.join("\n"), @r#"
+                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
+        paper              -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=none
+        kivi               -> k_bits=2,v_bits=2,group=128,residual=128,outliers=0,clip=none
+        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
+        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
+        kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none
+        "#);
+    }
+
+    #[test]
+    fn refusals() {
+        let valid = format!(" ({})", crate::error::VALID_OPTIONS);
+        let table: Vec<String> = [
+            "bit=2",
+            "best",
+            "bits=4,paper",
+            "group=64,group=32",
+            "bits=5",
+            "bits=two",
+            "group=96",
+            "residual=40",
+            "group=32,residual=64",
+            "kivi,group=64",
+            "outliers=17",
+            "extra=255",
+            "clip=v",
+            "bits=2,k_bits=3",
+            "kivi,extra=8",
+            "paper,",
+        ]
+        .iter()
+        .map(|options| {
+            let message = parsed(options);
+            let cause = message
+                .strip_suffix(&valid)
+                .expect("lists the valid options");
+            format!("{options:20} -> {cause}")
+        })
+        .collect();
+        insta::assert_snapshot!(table.join("\n"), @r#"
+        bit=2                -> the ott cache has no option `bit`
+        best                 -> the ott cache has no option `best`
+        bits=4,paper         -> the preset `paper` must come first
+        group=64,group=32    -> the option `group` is given twice
+        bits=5               -> `k_bits=5`: k_bits takes 2, 3, 4 or 8
+        bits=two             -> `bits=two`: bits takes 2, 3, 4 or 8
+        group=96             -> `group=96`: group takes 32, 64 or 128
+        residual=40          -> `residual=40`: residual takes a multiple of 32
+        group=32,residual=64 -> a residual window of 64 tokens is longer than a group of 32: lower `residual` or raise `group`
+        kivi,group=64        -> a residual window of 128 tokens is longer than a group of 64: lower `residual` or raise `group`
+        outliers=17          -> `outliers=17`: outliers takes 0 to 16
+        extra=255            -> `extra=255`: extra takes 0 to 254
+        clip=v               -> `clip=v`: clip takes none or k
+        bits=2,k_bits=3      -> `bits` sets both k_bits and v_bits: give it alone, or give those two
+        kivi,extra=8         -> without outliers nothing is traced: leave extra and exempt_layers out, or set outliers to 1 or more
+        paper,               -> the ott cache has no option ``
+        "#);
+        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), each once, as name=value, separated by commas)");
+    }
+}

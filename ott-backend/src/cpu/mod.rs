@@ -1,0 +1,84 @@
+//! The inner loops as a table of functions, one table per instruction set, chosen at run time.
+//!
+//! [`scalar`] is the specification. Other tables give the same codes and magnitudes bit for bit,
+//! and attention sums within a named budget. This room knows slices only.
+
+pub mod scalar;
+
+use crate::config::Clip;
+use crate::quantize::Affine;
+
+/// Quantized keys of one head in one page.
+#[derive(Clone, Copy, Debug)]
+pub struct Keys<'a> {
+    /// Bits per code.
+    pub bits: u8,
+    /// Tokens: G, 128 at most.
+    pub tokens: usize,
+    /// `(k_dim, tokens)`, packed along tokens.
+    pub codes: &'a [u8],
+    /// `(k_dim)` f16, little-endian.
+    pub scale: &'a [u8],
+    /// `(k_dim)` f16, little-endian.
+    pub min: &'a [u8],
+}
+
+/// Quantized values of one head in one page.
+#[derive(Clone, Copy, Debug)]
+pub struct Values<'a> {
+    /// Bits per code.
+    pub bits: u8,
+    /// Tokens: G, 128 at most.
+    pub tokens: usize,
+    /// Channels.
+    pub v_dim: usize,
+    /// `(tokens, v_dim)`, packed along the channels of each value group.
+    pub codes: &'a [u8],
+    /// `(v_groups, tokens)` f16, little-endian.
+    pub scale: &'a [u8],
+    /// `(v_groups, tokens)` f16, little-endian.
+    pub min: &'a [u8],
+}
+
+/// Numbers, their weights, bits, range search, codes; the scale and min.
+pub type QuantizeGroup = fn(&[f32], &[f32], u8, Clip, &mut [u8]) -> Option<Affine>;
+
+/// One implementation of the inner loops.
+#[derive(Debug)]
+pub struct CpuOps {
+    /// `scalar`, or the instruction set.
+    pub name: &'static str,
+    /// L1 norm of a key, summed in the order of [`LANES`](crate::quantize::LANES).
+    pub l1_norm: fn(x: &[f32]) -> f32,
+    /// [`quantize_group`](crate::quantize::quantize_group).
+    pub quantize_group: QuantizeGroup,
+    /// Scores of queries `q (n, k_dim)`: `scores (n, tokens)` are overwritten.
+    pub key_scores: fn(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]),
+    /// Add weighted values: weights `p (n, tokens)`, `out (n, v_dim)`.
+    pub value_sum: fn(values: &Values<'_>, p: &[f32], out: &mut [f32]),
+    /// Scores of queries `q (n, dim)` over full-precision keys `(tokens, dim)`: `scores (n, stride)`,
+    /// the first `tokens` of each row overwritten.
+    pub full_scores: fn(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize),
+    /// Add weighted full-precision values `(tokens, dim)`: weights `p (n, stride)`, `out (n, dim)`.
+    pub full_sum: fn(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]),
+    /// The largest of some numbers; `-inf` of none.
+    pub max: fn(x: &[f32]) -> f32,
+    /// `x = exp(x - max)` in place; returns their sum.
+    pub exp_sum: fn(x: &mut [f32], max: f32) -> f32,
+}
+
+impl CpuOps {
+    /// Tables that this machine can run, the specification first.
+    pub fn available() -> Vec<&'static Self> {
+        vec![&scalar::OPS]
+    }
+
+    /// The fastest table of this machine; the one named by the environment variable `OTT_CPU` if
+    /// there is such a table.
+    pub fn best() -> &'static Self {
+        let available = Self::available();
+        let forced = std::env::var("OTT_CPU").ok();
+        let forced = forced.and_then(|name| available.iter().find(|ops| ops.name == name));
+        forced.or(available.last()).copied().unwrap_or(&scalar::OPS)
+    }
+}

@@ -1,0 +1,334 @@
+//! What can go wrong, each as a sentence with its numbers and the way out.
+
+use std::fmt;
+
+/// Options that [`OttConfig::parse`](crate::OttConfig::parse) knows, for messages.
+pub(crate) const VALID_OPTIONS: &str = "valid: a preset first (paper, kivi), then any of bits, \
+     k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), \
+     outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), each once, \
+     as name=value, separated by commas";
+
+/// Everything this crate refuses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option nobody knows.
+    UnknownOption {
+        /// As typed.
+        option: Box<str>,
+    },
+    /// A preset that is not the first item.
+    MisplacedPreset {
+        /// As typed.
+        preset: Box<str>,
+    },
+    /// An option given twice.
+    DuplicateOption {
+        /// Its name.
+        option: Box<str>,
+    },
+    /// A value outside the option's range, or no number.
+    BadValue {
+        /// The option's name.
+        option: Box<str>,
+        /// As typed.
+        value: Box<str>,
+        /// The values it takes.
+        takes: &'static str,
+    },
+    /// Two options that say different things of one setting, or one that has no effect.
+    Contradiction {
+        /// Clause that says which and why.
+        why: &'static str,
+    },
+    /// A residual window longer than a group.
+    ResidualTooLong {
+        /// Tokens asked for.
+        residual: usize,
+        /// Tokens of a group.
+        group: usize,
+    },
+    /// A block size of the host that is not the group size.
+    BlockSize {
+        /// Tokens per block asked for.
+        asked: usize,
+        /// Tokens of a group.
+        group: usize,
+    },
+    /// A head size that the page layout cannot hold.
+    HeadDim {
+        /// Layer.
+        layer: usize,
+        /// `"key"` or `"value"`.
+        what: &'static str,
+        /// Channels.
+        dim: usize,
+    },
+    /// Query heads that are no multiple of the key/value heads.
+    Heads {
+        /// Layer.
+        layer: usize,
+        /// Query heads.
+        num_heads: usize,
+        /// Key/value heads.
+        num_kv_heads: usize,
+    },
+    /// A key or value that is not finite, or beyond what f16 can hold.
+    NotRepresentable {
+        /// Layer.
+        layer: usize,
+        /// `"key"` or `"value"`.
+        what: &'static str,
+        /// Key/value head.
+        head: usize,
+    },
+    /// A block id outside the pool, or the padding block.
+    NoSuchBlock {
+        /// Its id.
+        block: usize,
+        /// Blocks in the pool.
+        num_blocks: usize,
+    },
+    /// A table that does not cover the tokens of its row.
+    ShortTable {
+        /// The host's sequence.
+        seq: usize,
+        /// Tokens stored before.
+        past: usize,
+        /// Tokens of this step.
+        new: usize,
+        /// Blocks in the table.
+        blocks: usize,
+        /// Tokens of a block.
+        group: usize,
+    },
+    /// A plan whose block size is not the cache's.
+    PlanBlockSize {
+        /// Tokens per block in the plan.
+        plan: usize,
+        /// Tokens of a group.
+        group: usize,
+    },
+    /// A plan without rows.
+    EmptyPlan,
+    /// Two rows that write to one block.
+    SharedWrite {
+        /// The block.
+        block: usize,
+        /// The second row's sequence.
+        seq: usize,
+    },
+    /// Tokens expected in a block that it does not hold.
+    MissingTokens {
+        /// Layer.
+        layer: usize,
+        /// The block.
+        block: usize,
+        /// Tokens it holds.
+        held: usize,
+        /// Tokens that the plan says it holds.
+        expected: usize,
+    },
+    /// A write to a block that is sealed.
+    Sealed {
+        /// Layer.
+        layer: usize,
+        /// The block.
+        block: usize,
+        /// Tokens that can be rolled back.
+        residual: usize,
+    },
+    /// More sequences with unsealed tokens than the cache was sized for.
+    StagingFull {
+        /// Layer.
+        layer: usize,
+        /// Sequences the window was sized for.
+        max_seqs: usize,
+    },
+    /// A layer index beyond the model.
+    NoSuchLayer {
+        /// Asked.
+        layer: usize,
+        /// Layers held.
+        layers: usize,
+    },
+    /// A row index beyond the plan.
+    NoSuchRow {
+        /// Asked.
+        row: usize,
+        /// Rows planned.
+        rows: usize,
+    },
+    /// A device that no implementation serves.
+    Device {
+        /// Its kind.
+        kind: &'static str,
+    },
+    /// An activation dtype that is not F16, BF16 or F32.
+    Dtype {
+        /// As candle names it.
+        dtype: &'static str,
+    },
+    /// A tensor whose shape is not the plan's.
+    Shape {
+        /// Which tensor.
+        what: &'static str,
+        /// Its shape.
+        found: [usize; 4],
+        /// Rows, heads, tokens at least, channels.
+        expected: [usize; 4],
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::UnknownOption { option } => {
+                write!(
+                    f,
+                    "the ott cache has no option `{option}` ({VALID_OPTIONS})"
+                )
+            }
+            Self::MisplacedPreset { preset } => {
+                write!(f, "the preset `{preset}` must come first ({VALID_OPTIONS})")
+            }
+            Self::DuplicateOption { option } => {
+                write!(f, "the option `{option}` is given twice ({VALID_OPTIONS})")
+            }
+            Self::BadValue {
+                option,
+                value,
+                takes,
+            } => write!(
+                f,
+                "`{option}={value}`: {option} takes {takes} ({VALID_OPTIONS})"
+            ),
+            Self::Contradiction { why } => write!(f, "{why} ({VALID_OPTIONS})"),
+            Self::ResidualTooLong { residual, group } => write!(
+                f,
+                "a residual window of {residual} tokens is longer than a group of {group}: lower \
+                 `residual` or raise `group` ({VALID_OPTIONS})"
+            ),
+            Self::BlockSize { asked, group } => write!(
+                f,
+                "blocks of {asked} tokens were asked for, but a block of the ott cache is one \
+                 group of {group}: leave the block size out, or set `group` to it (32, 64 or 128)"
+            ),
+            Self::HeadDim { layer, what, dim } => write!(
+                f,
+                "layer {layer} has {what} heads of {dim} channels; the ott cache packs heads of \
+                 8 to 1024 channels, in multiples of 8: run this model without --kv-cache"
+            ),
+            Self::Heads {
+                layer,
+                num_heads,
+                num_kv_heads,
+            } => write!(
+                f,
+                "layer {layer} has {num_heads} query heads for {num_kv_heads} key/value heads, \
+                 which is no whole ratio: run this model without --kv-cache"
+            ),
+            Self::NotRepresentable { layer, what, head } => write!(
+                f,
+                "layer {layer}, head {head}: a {what} is infinite, not a number or beyond the \
+                 range of f16, so that its group has no scale: this sequence cannot go on"
+            ),
+            _ => self.fmt_step(f),
+        }
+    }
+}
+
+impl Error {
+    /// Errors of a running cache.
+    fn fmt_step(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoSuchBlock { block, num_blocks } => {
+                write!(f, "block {block} is not one of 1..{num_blocks}")
+            }
+            Self::ShortTable {
+                seq,
+                past,
+                new,
+                blocks,
+                group,
+            } => write!(
+                f,
+                "sequence {seq}: {past} past and {new} new tokens in {blocks} blocks of {group}"
+            ),
+            Self::PlanBlockSize { plan, group } => write!(
+                f,
+                "a step with blocks of {plan} tokens for a cache with groups of {group}"
+            ),
+            Self::EmptyPlan => write!(f, "a step without rows"),
+            Self::SharedWrite { block, seq } => write!(
+                f,
+                "block {block} is written by two rows of one step, the second of sequence {seq}"
+            ),
+            Self::MissingTokens {
+                layer,
+                block,
+                held: 0,
+                expected,
+            } => write!(
+                f,
+                "block {block} holds no tokens in layer {layer}, {expected} expected"
+            ),
+            Self::MissingTokens {
+                layer,
+                block,
+                held,
+                expected,
+            } => write!(
+                f,
+                "block {block} holds {held} tokens in layer {layer}, {expected} expected"
+            ),
+            Self::Sealed {
+                layer,
+                block,
+                residual,
+            } => write!(
+                f,
+                "block {block} is sealed in layer {layer} and cannot be written again: only the \
+                 newest {residual} tokens of a sequence can be rolled back"
+            ),
+            Self::StagingFull { layer, max_seqs } => write!(
+                f,
+                "layer {layer} has no room for the newest tokens of one more sequence: the cache \
+                 was sized for {max_seqs} at once"
+            ),
+            Self::NoSuchLayer { layer, layers } => {
+                write!(f, "layer {layer} asked of a cache of {layers} layers")
+            }
+            Self::NoSuchRow { row, rows } => {
+                write!(f, "row {row} asked of a step of {rows} rows")
+            }
+            Self::Device { kind: "CUDA" } => write!(
+                f,
+                "the ott cache does not run on CUDA yet: its kernels are not built. Run with --cpu"
+            ),
+            Self::Device { kind } => write!(
+                f,
+                "the ott cache does not run on {kind}. Run with --cpu, or without --kv-cache"
+            ),
+            Self::Dtype { dtype } => write!(
+                f,
+                "the ott cache takes activations in f16, bf16 or f32, not {dtype}"
+            ),
+            Self::Shape {
+                what,
+                found,
+                expected,
+            } => write!(
+                f,
+                "{what} has shape {found:?}, expected {expected:?} (rows, heads, tokens at least, \
+                 channels)"
+            ),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// This crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
