@@ -1,15 +1,14 @@
-//! One loaded model and greedy requests to it.
+//! One model in the real engine, with a cache of one's choice.
 
 use std::path::Path;
-use std::sync::Arc;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result};
+use either::Either;
 use mistralrs::{GgufModelBuilder, MistralRs, Model, PagedAttentionMetaBuilder, TokenSource};
-use mistralrs_core::{
-    CompletionResponse, MemoryGpuConfig, NormalRequest, Request, RequestMessage, Response,
-    SamplingParams, StopTokens,
-};
-use tokio::sync::mpsc::channel;
+use mistralrs_core::MemoryGpuConfig;
+
+use crate::request;
+pub use crate::request::{prompt, Answer};
 
 /// How a model is loaded.
 #[derive(Clone, Debug)]
@@ -43,15 +42,6 @@ impl Setup {
             ..Self::default()
         }
     }
-}
-
-/// What one greedy request brought.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Answer {
-    /// The text.
-    pub text: String,
-    /// Each token's text and log-probability.
-    pub tokens: Vec<(String, f32)>,
 }
 
 /// A model in the real engine.
@@ -99,101 +89,17 @@ impl Engine {
 
     /// Complete exactly these tokens, greedily, by `max_len` tokens.
     pub async fn complete(&self, prompt: Vec<u32>, max_len: usize) -> Result<Answer> {
-        let done = self.request(prompt, max_len).await?;
-        let choice = done
-            .choices
-            .into_iter()
-            .next()
-            .context("an answer has a choice")?;
-        let tokens = choice.logprobs.map(|l| {
-            l.content
-                .into_iter()
-                .map(|t| (t.token, t.logprob))
-                .collect()
-        });
-        Ok(Answer {
-            text: choice.text,
-            tokens: tokens.unwrap_or_default(),
-        })
+        request::complete(self.runner(), prompt, max_len).await
     }
 
-    async fn request(&self, prompt: Vec<u32>, max_len: usize) -> Result<CompletionResponse> {
-        let (tx, mut rx) = channel(1);
-        let sampling = SamplingParams {
-            max_len: Some(max_len),
-            // Lengths are exact: nothing ends an answer early.
-            stop_toks: Some(StopTokens::Ids(Vec::new())),
-            ..SamplingParams::deterministic()
-        };
-        let mut request = NormalRequest::new_simple(
-            RequestMessage::CompletionTokens(prompt),
-            sampling,
-            tx,
-            self.runner().next_request_id(),
-            None,
-            None,
-        );
-        request.return_logprobs = true;
-        self.runner()
-            .get_sender(None)?
-            .send(Request::Normal(Box::new(request)))
-            .await?;
-        match rx.recv().await.context("the engine hung up")? {
-            Response::CompletionDone(done) => Ok(done),
-            Response::CompletionModelError(error, _) | Response::ModelError(error, _) => {
-                bail!("{error}")
-            }
-            Response::InternalError(error) | Response::ValidationError(error) => bail!("{error}"),
-            _ => bail!("an answer of another kind came"),
-        }
-    }
-
-    /// Logits of every position of a prompt, one row per token.
+    /// Logits of the positions of a prompt that the host computes: those after a prefix hit.
     pub async fn prompt_logits(&self, prompt: Vec<u32>) -> Result<Vec<Vec<f32>>> {
-        let (tx, mut rx) = channel(1);
-        let sampling = SamplingParams {
-            max_len: Some(0),
-            ..SamplingParams::deterministic()
-        };
-        let mut request = NormalRequest::new_simple(
-            RequestMessage::CompletionTokens(prompt),
-            sampling,
-            tx,
-            self.runner().next_request_id(),
-            None,
-            None,
-        );
-        request.return_raw_logits = true;
-        self.runner()
-            .get_sender(None)?
-            .send(Request::Normal(Box::new(request)))
-            .await?;
-        match rx.recv().await.context("the engine hung up")? {
-            Response::Raw { logits_chunks, .. } => {
-                let logits = logits_chunks.first().context("no logits came")?;
-                let logits = if logits.rank() == 3 {
-                    logits.squeeze(0)?
-                } else {
-                    logits.clone()
-                };
-                Ok(logits.to_dtype(candle_core::DType::F32)?.to_vec2()?)
-            }
-            Response::InternalError(error) | Response::ValidationError(error) => bail!("{error}"),
-            _ => bail!("an answer of another kind came"),
-        }
+        request::prompt_logits(self.runner(), prompt).await
+    }
+
+    /// Token ids of a text, without special tokens.
+    pub async fn tokenize(&self, text: &str) -> Result<Vec<u32>> {
+        let text = Either::Right(text.to_owned());
+        Ok(self.model.tokenize(text, None, false, false, None).await?)
     }
 }
-
-/// Token ids of a prompt: arbitrary but fixed, and never special tokens.
-pub fn prompt(len: usize, seed: u32) -> Vec<u32> {
-    let mut x = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
-    (0..len)
-        .map(|_| {
-            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            200 + (x >> 16) % 20_000
-        })
-        .collect()
-}
-
-/// Shared between tests: loading takes seconds.
-pub type Shared = Arc<Engine>;

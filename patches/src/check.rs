@@ -12,9 +12,9 @@ use crate::registry::remove_dir;
 use crate::series::{self, PRISTINE};
 
 /// Lines added to files that upstream has. New files are free: a call site is what hurts at the next update.
-const ADDED_BUDGET: usize = 520;
+const ADDED_BUDGET: usize = 660;
 /// Files of upstream's that are changed.
-const FILES_BUDGET: usize = 36;
+const FILES_BUDGET: usize = 44;
 /// The one place in the host that may say our name: where the command line registers our backend.
 const REGISTRATION: &str = "mistralrs-cli/src/";
 const REGISTRATION_LINES: usize = 3;

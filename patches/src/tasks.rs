@@ -21,7 +21,7 @@ const HOST_PACKAGES: [&str; 6] = [
     "mistralrs-cli/ott",
 ];
 const HOST_BUILD: [&str; 3] = ["build", "--release", "--bins"];
-const HOST_TEST: [&str; 2] = ["test", "--release"];
+const HOST_TEST: [&str; 4] = ["test", "--release", "--test", "it"];
 
 /// Where what is expensive outlives a checkout: `OTT_CACHE_DIR`, else the user's cache folder.
 pub fn cache_dir() -> Result<PathBuf> {
@@ -55,7 +55,15 @@ pub fn cargo_host_build(project: &Project) -> Result<Command> {
     cargo_host(project, &[&HOST_BUILD[..], &HOST_PACKAGES[..]].concat())
 }
 
-/// Runs the tests of the patched host, ours and its command line's.
+/// Builds the published host, which the patched one must equal when no backend is chosen.
+pub fn cargo_pristine_build(project: &Project) -> Result<Command> {
+    let folder = project.root.join("integration-tests/pristine");
+    let mut cargo = command(&folder, &["build", "--release", "--locked"])?;
+    cargo.env("CARGO_TARGET_DIR", host_target()?);
+    Ok(cargo)
+}
+
+/// Runs our tests of the patched host.
 pub fn cargo_host_test(project: &Project) -> Result<Command> {
     cargo_host(project, &[&HOST_TEST[..], &HOST_PACKAGES[..]].concat())
 }

@@ -4,9 +4,12 @@ use anyhow::Result;
 
 use crate::check::check;
 use crate::freshness;
+use crate::models;
 use crate::project::Project;
 use crate::setup::setup;
-use crate::tasks::{cargo_host_build, cargo_host_test, cargo_root, run, Steps};
+use crate::tasks::{
+    cargo_host_build, cargo_host_test, cargo_pristine_build, cargo_root, run, Steps,
+};
 
 /// Runs all steps, or with `fast` those that need no build of the host.
 pub fn verify(project: &Project, fast: bool) -> Result<()> {
@@ -48,6 +51,10 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
             freshness::restore(project)?;
             run("the build of the host", cargo_host_build(project)?)
         })?;
+        steps.step("build of the published host", || {
+            run("the build of the host", cargo_pristine_build(project)?)
+        })?;
+        steps.step("model", || models::ensure("smollm2-135m").map(drop))?;
         steps.step("integration tests", || {
             run("cargo test", cargo_host_test(project)?)
         })?;

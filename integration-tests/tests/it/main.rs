@@ -2,9 +2,11 @@
 
 mod cache;
 mod faults;
+mod quality;
 mod refusals;
 mod server;
 mod toy;
+mod untouched;
 
 use std::sync::Once;
 

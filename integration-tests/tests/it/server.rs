@@ -44,8 +44,8 @@ fn chat_completion_stream_and_concurrent_clients() -> Result<()> {
         .collect();
     assert_eq!(streamed, alone[0]);
 
+    let ask = |i: usize| answer(if i % 2 == 0 { "Hello!" } else { &long });
     let together: Vec<String> = std::thread::scope(|scope| {
-        let ask = |i: usize| answer(if i % 2 == 0 { "Hello!" } else { &long });
         let ask = &ask;
         let clients: Vec<_> = (0..6).map(|i| scope.spawn(move || ask(i))).collect();
         clients

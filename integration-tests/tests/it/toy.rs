@@ -69,6 +69,24 @@ fn toy_backend_equals_the_hosts_own_cache_token_for_token() -> Result<()> {
     })
 }
 
+/// A preempted sequence computes its keys and values again in one prompt instead of token by token: sums of
+/// another order, rounded to f16, and to 8 bits before each matmul. So log-probabilities may differ by this much
+/// (measured: 0.03; with a block mixed up, by units), and a token may fall on a tie's other side.
+const RECOMPUTED: f32 = 0.1;
+
+fn assert_same_but_for_ties(found: &Answer, expected: &Answer) {
+    assert_eq!(found.tokens.len(), expected.tokens.len());
+    for (a, b) in found.tokens.iter().zip(&expected.tokens) {
+        assert!(
+            (a.1 - b.1).abs() < RECOMPUTED,
+            "{a:?} and {b:?} in {found:?} / {expected:?}"
+        );
+        if a.0 != b.0 {
+            return;
+        }
+    }
+}
+
 #[test]
 fn a_small_pool_preempts_and_loses_nothing() -> Result<()> {
     let _alone = alone();
@@ -87,7 +105,9 @@ fn a_small_pool_preempts_and_loses_nothing() -> Result<()> {
         }
         let [a, b, c, d] = [0, 1, 2, 3].map(|seed| small.complete(prompt(20, seed), 24));
         let (a, b, c, d) = tokio::try_join!(a, b, c, d)?;
-        assert_eq!(texts(&[a, b, c, d]), texts(&expected));
+        for (found, expected) in [a, b, c, d].iter().zip(&expected) {
+            assert_same_but_for_ties(found, expected);
+        }
         Ok(())
     })
 }
