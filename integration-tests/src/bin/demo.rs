@@ -57,32 +57,34 @@ async fn main() -> Result<()> {
         args.entries
     );
     let f16 = f16_bytes_per_token(&path)? as f64;
-    let mut outcomes = Vec::new();
-    for spec in [None, Some(args.kv_cache.as_str())] {
-        outcomes.push(answer(&path, spec, &prompt, args.tokens, f16).await?);
-    }
+    let own = Setup {
+        max_seqs: 1,
+        ..Setup::default()
+    };
+    let first = answer(&path, &own, &prompt, args.tokens, f16).await?;
+    let other = Setup {
+        pool_tokens: first.prompt_tokens + args.tokens,
+        kv_cache: Some(args.kv_cache),
+        ..own
+    };
+    let second = answer(&path, &other, &prompt, args.tokens, f16).await?;
+    let outcomes = [first, second];
     table(&outcomes, f16);
     Ok(())
 }
 
 async fn answer(
     path: &std::path::Path,
-    spec: Option<&str>,
+    setup: &Setup,
     prompt: &str,
     tokens: usize,
     f16: f64,
 ) -> Result<Outcome> {
+    let spec = setup.kv_cache.as_deref();
     let name = spec.map_or("upstream f16".to_owned(), |spec| {
         format!("--kv-cache {spec}")
     });
-    let pool_tokens = prompt.len() / 2 + tokens;
-    let setup = Setup {
-        kv_cache: spec.map(str::to_owned),
-        pool_tokens,
-        max_seqs: 1,
-        prefix_cache: false,
-    };
-    let engine = Engine::load(path, &setup).await?;
+    let engine = Engine::load(path, setup).await?;
     let progress = Progress::start(&name);
     let request = RequestBuilder::new()
         .set_deterministic_sampler()

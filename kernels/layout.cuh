@@ -1,0 +1,30 @@
+// Bytes of a page: docs/layout.md in C++. ott-backend/src/layout.rs derives the same numbers.
+// Plain C++17, so that it can be read by a host compiler too.
+#pragma once
+#include <cstddef>
+
+namespace ott {
+
+constexpr std::size_t align16(std::size_t n) { return (n + 15) / 16 * 16; }
+
+// Offsets, in bytes, of the sections of one kv head's part of a page.
+struct PageLayout {
+    std::size_t k_codes, k_scale, k_min, v_codes, v_scale, v_min, trace, head_bytes;
+
+    // group: tokens of a page; outliers: members of the pool in this layer (0 where it does not trace).
+    constexpr PageLayout(std::size_t group, std::size_t k_dim, std::size_t v_dim, std::size_t k_bits,
+                         std::size_t v_bits, std::size_t outliers)
+        : k_codes(0),
+          k_scale(align16(k_dim * group * k_bits / 8)),
+          k_min(align16(k_scale + 2 * k_dim)),
+          v_codes(align16(k_min + 2 * k_dim)),
+          v_scale(align16(v_codes + group * v_dim * v_bits / 8)),
+          v_min(align16(v_scale + 2 * group * ((v_dim + 127) / 128))),
+          trace(align16(v_min + 2 * group * ((v_dim + 127) / 128))),
+          head_bytes(align16(trace + (outliers == 0 ? 0 : 5 * outliers + 1))) {}
+};
+
+static_assert(PageLayout(128, 64, 64, 2, 2, 3).head_bytes == 4880, "head_dim 64, defaults");
+static_assert(PageLayout(128, 128, 128, 2, 2, 3).head_bytes == 9232, "head_dim 128, defaults");
+
+}  // namespace ott
