@@ -12,7 +12,7 @@ use crate::registry::remove_dir;
 use crate::series::{self, PRISTINE};
 
 /// Lines added to files that upstream has. New files are free: a call site is what hurts at the next update.
-const ADDED_BUDGET: usize = 660;
+const ADDED_BUDGET: usize = 680;
 /// Files of upstream's that are changed.
 const FILES_BUDGET: usize = 44;
 /// The one place in the host that may say our name: where the command line registers our backend.

@@ -43,7 +43,10 @@ fn a_request_that_cannot_fit_gets_an_error() -> Result<()> {
             engine.complete(prompt(700, 1), 4),
             engine.complete(prompt(20, 1), 4)
         );
-        assert!(long.is_err(), "700 tokens do not fit a pool of 256");
+        let error = long
+            .expect_err("700 tokens do not fit a pool of 256")
+            .to_string();
+        assert!(error.contains("needs room for 700 tokens"), "{error}");
         assert_eq!(short?.tokens.len(), 4);
         Ok(())
     })
