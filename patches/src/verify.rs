@@ -8,7 +8,8 @@ use crate::models;
 use crate::project::Project;
 use crate::setup::setup;
 use crate::tasks::{
-    cargo_host_build, cargo_host_test, cargo_pristine_build, cargo_root, run, Steps,
+    cargo_host_build, cargo_host_test, cargo_pristine_build, cargo_root, cargo_upstream_test, run,
+    Steps,
 };
 
 /// Runs all steps, or with `fast` those that need no build of the host.
@@ -53,6 +54,9 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
         steps.step("build of the patched host", || {
             freshness::restore(project)?;
             run("the build of the host", cargo_host_build(project)?)
+        })?;
+        steps.step("upstream's own tests", || {
+            run("cargo test", cargo_upstream_test(project)?)
         })?;
         steps.step("build of the published host", || {
             run("the build of the host", cargo_pristine_build(project)?)
