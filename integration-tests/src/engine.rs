@@ -44,6 +44,31 @@ impl Setup {
     }
 }
 
+/// What loads a GGUF file on the CPU, offline.
+pub fn builder(path: &Path, setup: &Setup) -> Result<GgufModelBuilder> {
+    let folder = path
+        .parent()
+        .context("a model file lies in a folder")?
+        .to_string_lossy();
+    let file = path
+        .file_name()
+        .context("a model file has a name")?
+        .to_string_lossy();
+    let builder = GgufModelBuilder::new(folder, vec![file])
+        .with_token_source(TokenSource::None)
+        .with_force_cpu()
+        .with_max_num_seqs(setup.max_seqs)
+        .with_prefix_cache_n(setup.prefix_cache.then_some(16));
+    if let Some(spec) = &setup.kv_cache {
+        let pool = MemoryGpuConfig::ContextSize(setup.pool_tokens);
+        let paged = PagedAttentionMetaBuilder::default()
+            .with_gpu_memory(pool)
+            .build()?;
+        return Ok(builder.with_paged_attn(paged).with_kv_cache(spec));
+    }
+    Ok(builder)
+}
+
 /// A model in the real engine.
 pub struct Engine {
     model: Model,
@@ -52,26 +77,7 @@ pub struct Engine {
 impl Engine {
     /// Load a GGUF file on the CPU, offline.
     pub async fn load(path: &Path, setup: &Setup) -> Result<Self> {
-        let folder = path
-            .parent()
-            .context("a model file lies in a folder")?
-            .to_string_lossy();
-        let file = path
-            .file_name()
-            .context("a model file has a name")?
-            .to_string_lossy();
-        let mut builder = GgufModelBuilder::new(folder, vec![file])
-            .with_token_source(TokenSource::None)
-            .with_force_cpu()
-            .with_max_num_seqs(setup.max_seqs)
-            .with_prefix_cache_n(setup.prefix_cache.then_some(16));
-        if let Some(spec) = &setup.kv_cache {
-            let pool = MemoryGpuConfig::ContextSize(setup.pool_tokens);
-            let paged = PagedAttentionMetaBuilder::default()
-                .with_gpu_memory(pool)
-                .build()?;
-            builder = builder.with_paged_attn(paged).with_kv_cache(spec);
-        }
+        let builder = builder(path, setup)?;
         Ok(Self {
             model: builder.build().await?,
         })

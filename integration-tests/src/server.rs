@@ -26,6 +26,11 @@ pub fn program(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A port of this machine that nobody listens on.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
 /// Arguments that load a GGUF file offline, before any others.
 pub fn gguf_args(path: &Path) -> Vec<String> {
     let folder = path
@@ -52,18 +57,19 @@ pub struct Server {
 impl Server {
     /// Start `mistralrs-server` with a model and more arguments, and wait until it answers.
     pub fn start(model: &Path, more: &[&str]) -> Result<Self> {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let mut child = Command::new(program("mistralrs-server")?)
-            .args([
-                "--token-source",
-                "none",
-                "--host",
-                "127.0.0.1",
-                "-p",
-                &port.to_string(),
-            ])
+        let port = free_port()?;
+        let mut command = Command::new(program("mistralrs-server")?);
+        command
+            .args(["--token-source", "none", "--host", "127.0.0.1"])
+            .args(["-p", &port.to_string()])
             .args(gguf_args(model))
-            .args(more)
+            .args(more);
+        Self::run(command, port)
+    }
+
+    /// Start a server that will listen on `port`, and wait until it answers.
+    pub fn run(mut command: Command, port: u16) -> Result<Self> {
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -80,6 +86,12 @@ impl Server {
             std::thread::sleep(Duration::from_millis(100));
         }
         Ok(Self { child, port })
+    }
+
+    /// GET a path; the answer's JSON.
+    pub fn get(&self, path: &str) -> Result<Value> {
+        let url = format!("http://127.0.0.1:{}{path}", self.port);
+        Ok(ureq::get(&url).call()?.body_mut().read_json()?)
     }
 
     /// POST JSON to a path; the answer's JSON.

@@ -8,6 +8,7 @@ mod refusals_api;
 mod server;
 mod toy;
 mod untouched;
+mod ways_in;
 
 use std::sync::Once;
 
