@@ -2,11 +2,11 @@
 //! that the two agree, and runs what a newcomer runs: `cargo setup`, `cargo demo`, `cargo verify`.
 
 mod check;
-mod demo;
 mod freshness;
 mod git;
 mod models;
 mod patch;
+mod program;
 mod project;
 mod refresh;
 mod registry;
@@ -36,6 +36,7 @@ cargo verify                 Everything that must hold: patches, format, lints, 
 cargo verify fast            The same without building the host.
 cargo demo [ARGS]            Fetch a small model, build, and answer with and without `--kv-cache ott`.
                              ARGS go to the demo; `-m MODEL` takes a model of yours.
+cargo bench-kv [ARGS]        How fast a decoded token reads its past: other caches beside ours, in one run.
 cargo run --release --package ott-patches -- check    Only the patches.
 
 Builds of the host and models are kept in OTT_CACHE_DIR (default: ott-mistralrs in your cache folder).
@@ -57,7 +58,9 @@ fn run() -> Result<()> {
         Some((task, rest)) => (task.as_str(), rest),
         None => ("help", &args[..]),
     };
-    if matches!(task, "help" | "-h" | "--help") || (task != "demo" && asks_for_help(rest)) {
+    if matches!(task, "help" | "-h" | "--help")
+        || (!program::is_program(task) && asks_for_help(rest))
+    {
         println!("{HELP}");
         return Ok(());
     }
@@ -72,7 +75,7 @@ fn run() -> Result<()> {
         ("check", []) => check::check(&project),
         ("verify", []) => verify::verify(&project, false),
         ("verify", ["fast"]) => verify::verify(&project, true),
-        ("demo", _) => demo::demo(&project, &args[1..]),
+        (task, _) if program::is_program(task) => program::program(&project, task, &args[1..]),
         _ => bail!("there is no task `{}`.\n\n{HELP}", args.join(" ")),
     }
 }
