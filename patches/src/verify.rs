@@ -5,6 +5,7 @@ use anyhow::Result;
 use crate::check::check;
 use crate::freshness;
 use crate::models;
+use crate::program::program;
 use crate::project::Project;
 use crate::setup::setup;
 use crate::tasks::{
@@ -64,6 +65,9 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
         steps.step("model", || models::ensure("smollm2-135m").map(drop))?;
         steps.step("integration tests", || {
             run("cargo test", cargo_host_test(project)?)
+        })?;
+        steps.step("benchmark, in short", || {
+            program(project, "bench-kv", &["--quick".to_string()])
         })?;
     }
     steps.summary("ok");

@@ -4,6 +4,7 @@
 //! Times on a shared machine are noisy: read the ratios of one run, and the spread beside each median.
 
 mod attention;
+mod contenders;
 mod engine;
 mod layer;
 mod report;
