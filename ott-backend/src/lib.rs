@@ -8,7 +8,7 @@
 //! Rooms, in the order in which data flows; none uses a room to its right:
 //!
 //! ```text
-//! config -> pack -> layout -> quantize -> cpu -> cache -> attention -> backend -> (mistral.rs)
+//! config -> pack -> layout -> quantize -> cpu -> cache -> attention -> prompt -> backend -> (mistral.rs)
 //! ```
 //!
 //! An application calls [`register`] once, before it reads its command line.
@@ -21,6 +21,7 @@ pub mod cpu;
 mod error;
 pub mod layout;
 pub mod pack;
+pub mod prompt;
 pub mod quantize;
 pub mod report;
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Left to right: a room uses rooms to its left and itself.
-const ROOMS: [&str; 10] = [
+const ROOMS: [&str; 11] = [
     "error",
     "config",
     "pack",
@@ -14,11 +14,17 @@ const ROOMS: [&str; 10] = [
     "cpu",
     "cache",
     "attention",
+    "prompt",
     "report",
     "backend",
 ];
 /// The only files that may hold `unsafe`.
-const UNSAFE: [&str; 3] = ["cpu/avx2.rs", "cpu/avx512.rs", "cpu/neon.rs"];
+const UNSAFE: [&str; 4] = [
+    "cpu/avx2.rs",
+    "cpu/avx512.rs",
+    "cpu/neon.rs",
+    "prompt/gemm.rs",
+];
 /// Crates that only the seam has heard of.
 const HOST: [&str; 2] = ["candle_core", "mistralrs_kv_backend"];
 /// Lines of a file without its tests.

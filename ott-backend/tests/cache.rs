@@ -6,7 +6,7 @@ mod reference;
 
 use candle_core::{DType, Tensor};
 use harness::{rows, Host, Model, Sequence, Text};
-use reference::{attend, Head, Rules, Token};
+use reference::{Rules, Token};
 
 const RULES: Rules = Rules::PAPER;
 
@@ -271,44 +271,6 @@ fn several_tokens_in_one_decode_step() {
                 F32,
                 &format!("layer {layer}, head {h}, token {t}"),
             );
-        }
-    }
-}
-
-/// A prompt attends in full precision to its own tokens (rule 6), and after a prefix hit to the
-/// quantised past as well.
-#[test]
-fn prompts_attend_in_full_precision() {
-    for (prefix, tokens) in [(0, 1), (0, 70), (0, 300), (128, 50), (256, 200)] {
-        let host = Model::new("paper").host(12);
-        let mut s = host.sequence(1, &text(12), &[3, 1, 7, 5]);
-        if prefix > 0 {
-            host.step(&mut s, prefix, true).unwrap();
-            host.cache.released(1, &s.blocks);
-            host.cache.allocated(2, &s.blocks[prefix / 128..]);
-            s.id = 2;
-        }
-        let out = host.step(&mut s, tokens, true).unwrap();
-        for (layer, out) in out.iter().enumerate() {
-            let Some(out) = out else {
-                continue; // The host does it.
-            };
-            let [q, _, _] = host.model.qkv(&s.text, layer, prefix, prefix + tokens);
-            let (q, out) = (rows(&q).unwrap(), rows(out).unwrap());
-            for kv in 0..2 {
-                let all = host.model.tokens(&s.text, layer, kv, prefix + tokens);
-                let mut past = Head::new(RULES.in_layer(layer));
-                all[..prefix].iter().for_each(|t| past.push(t.clone()));
-                past.flush();
-                let seen = [&past.past()[..], &all[prefix..]].concat();
-                for (h, t) in
-                    (3 * kv..3 * kv + 3).flat_map(|h| [0, tokens / 2, tokens - 1].map(|t| (h, t)))
-                {
-                    let want = attend(&seen[..=prefix + t], &q[h][t], host.model.attn.scale, None);
-                    let what = format!("{prefix}+{tokens}: layer {layer}, head {h}, token {t}");
-                    near(&out[h][t], &want, F32, &what);
-                }
-            }
         }
     }
 }

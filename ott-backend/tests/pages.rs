@@ -200,12 +200,12 @@ fn traced_places_hold_the_mean() {
     let (layer, want) = (bench.cache.layer(2).unwrap(), model.tokens(&text, 2, 0, 32));
     let page = layer.head(1, 0);
     let mut keys = vec![0.0; 32 * 64];
-    page.dequantize_keys(&mut keys);
+    page.dequantize_keys(&mut keys, 32);
     for c in 0..64 {
         let others = want.iter().enumerate().filter(|(t, _)| *t != 3);
         let mean = others.map(|(_, t): (usize, &Token)| t.k[c]).sum::<f32>() / 31.0;
         // Half a step of 255 over a range below 4, and f16 for scale and minimum.
-        assert!((keys[3 * 64 + c] - mean).abs() < 0.012, "channel {c}");
+        assert!((keys[c * 32 + 3] - mean).abs() < 0.012, "channel {c}");
     }
     assert_eq!(rules.in_layer(2).outliers, 1);
 }

@@ -15,7 +15,8 @@ pub use tensor::Activation;
 use crate::attention::{decode, Queries};
 use crate::cache::{Cache, LayerStats, Row};
 use crate::error::Error;
-use tensor::{tensor, Rows};
+use crate::prompt::{attend, NewTokens, Scores};
+use tensor::{tensor, Rows, Slices};
 
 /// The cache of one model whose activations are `E`.
 #[derive(Debug)]
@@ -114,6 +115,44 @@ impl<E: Activation> KvStep for OttStep<E> {
         &self.plan
     }
 
+    fn prefill(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        attn: KvAttn,
+    ) -> Result<Option<Tensor>> {
+        let cache = self.cache.layer(layer).map_err(seam)?;
+        let layout = &cache.spec().layout;
+        let rows = rows(&self.plan);
+        let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
+        let (num_heads, kv_heads) = (self.num_heads[layer], layout.num_kv_heads);
+        let q_rows = Rows::new::<E>("q", q, (rows.len(), num_heads, new, layout.k_dim))?;
+        let k = Rows::new::<E>("k", k, (rows.len(), kv_heads, new, layout.k_dim))?;
+        let v = Rows::new::<E>("v", v, (rows.len(), kv_heads, new, layout.v_dim))?;
+        let tokens = q_rows.tokens();
+        let mut out = vec![E::default(); rows.len() * num_heads * tokens * layout.v_dim];
+        let scores = Scores {
+            num_heads,
+            scale: attn.scale,
+            softcap: attn.softcap,
+        };
+        with_all(&q_rows, &k, &v, |q, k, v| {
+            let new = rows.iter().enumerate().map(|(i, row)| NewTokens {
+                row: *row,
+                q: q.row(i),
+                k: k.row(i),
+                v: v.row(i),
+            });
+            let new: Vec<NewTokens<'_, E>> = new.collect();
+            attend(&cache, &new, scores, tokens, &mut out)
+        })?
+        .map_err(seam)?;
+        let shape = (rows.len(), num_heads, tokens, layout.v_dim);
+        tensor(out, shape, q.dtype()).map(Some)
+    }
+
     fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
         let rows = rows(&self.plan);
         let Some(row) = rows.get(row) else {
@@ -178,6 +217,16 @@ impl<E: Activation> KvStep for OttStep<E> {
         let shape = (rows.len(), num_heads, tokens, layout.v_dim);
         tensor(out, shape, q.dtype())
     }
+}
+
+/// Do something with the numbers of three tensors.
+fn with_all<E: Activation, T>(
+    q: &Rows<'_>,
+    k: &Rows<'_>,
+    v: &Rows<'_>,
+    f: impl FnOnce(Slices<'_, E>, Slices<'_, E>, Slices<'_, E>) -> T,
+) -> Result<T> {
+    q.with(|q| k.with(|k| v.with(|v| f(q, k, v))))??
 }
 
 fn rows(plan: &KvPlan) -> Vec<Row<'_>> {

@@ -9,6 +9,8 @@ pub trait Element: Copy + Default + PartialEq + Send + Sync + std::fmt::Debug + 
     fn widen(from: &[Self], to: &mut [f32]);
     /// Round to nearest.
     fn round(x: f32) -> Self;
+    /// Round to nearest; the slices are equally long.
+    fn narrow(from: &[f32], to: &mut [Self]);
     /// Whether f16 holds all of them, rounded: scales and mins of any such group are finite.
     fn fit(x: &[Self]) -> bool;
 }
@@ -25,6 +27,10 @@ impl Element for f32 {
         x
     }
 
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+
     fn fit(x: &[Self]) -> bool {
         x.iter().fold(true, |fit, x| fit & (x.abs() < TOO_LARGE))
     }
@@ -37,6 +43,10 @@ impl Element for f16 {
 
     fn round(x: f32) -> Self {
         Self::from_f32(x)
+    }
+
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
     }
 
     fn fit(x: &[Self]) -> bool {
@@ -54,6 +64,10 @@ impl Element for bf16 {
 
     fn round(x: f32) -> Self {
         Self::from_f32(x)
+    }
+
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.convert_from_f32_slice(from);
     }
 
     fn fit(x: &[Self]) -> bool {

@@ -1,21 +1,24 @@
-//! The past of one sequence as numbers, for prompts that go on from stored tokens.
+//! The past of one sequence as numbers, for prompts that go on from stored tokens: sealed tokens as
+//! their codes say, traced ones and those of the window exactly.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::element::Element;
 use super::layer::LayerCache;
 use super::staging::CHUNK;
+use super::tile::{Tile, KEY_STRIDE, TILE};
 use super::Row;
 use crate::error::Result;
 
 impl<E: Element> LayerCache<E> {
-    /// Keys `(num_kv_heads, past, k_dim)` and values `(num_kv_heads, past, v_dim)` of a row's past:
-    /// sealed tokens as their codes say, traced ones and those of the window exactly.
+    /// Keys `(num_kv_heads, past, k_dim)` and values `(num_kv_heads, past, v_dim)` of a row's past.
     ///
     /// # Errors
     /// If some of the past is not there.
     pub fn gather(&self, row: &Row<'_>) -> Result<(Vec<E>, Vec<E>)> {
-        self.check(&Row { new: 0, ..*row })?;
+        self.check_past(row)?;
         let layout = &self.spec().layout;
         let (k_len, v_len) = (row.past * layout.k_dim, row.past * layout.v_dim);
         let mut k = vec![E::default(); layout.num_kv_heads * k_len];
@@ -23,44 +26,63 @@ impl<E: Element> LayerCache<E> {
         if row.past > 0 {
             let heads = k.par_chunks_mut(k_len).zip(v.par_chunks_mut(v_len));
             heads.enumerate().for_each(|(head, (k, v))| {
-                self.gather_head(row, head, k, v);
+                let mut tile = Tile::new(layout.k_dim, layout.v_dim);
+                let tokens = k.chunks_mut(layout.k_dim).zip(v.chunks_mut(layout.v_dim));
+                for (t, (k, v)) in tokens.enumerate() {
+                    if t % TILE == 0 {
+                        self.read(row, head, t..(t + TILE).min(row.past), &mut tile);
+                    }
+                    let key = tile.key(t % TILE);
+                    k.iter_mut().zip(key).for_each(|(k, x)| *k = E::round(x));
+                    E::narrow(tile.value(t % TILE), v);
+                }
             });
         }
         Ok((k, v))
     }
 
-    fn gather_head(&self, row: &Row<'_>, head: usize, k: &mut [E], v: &mut [E]) {
+    /// Whether the past of a row is there.
+    ///
+    /// # Errors
+    /// Naming the block.
+    pub fn check_past(&self, row: &Row<'_>) -> Result<()> {
+        self.check(&Row { new: 0, ..*row })
+    }
+
+    /// Tokens of a row's past, which is there, in one head. The first is the first of a block, and
+    /// there are [`TILE`] of them at most.
+    pub fn read(&self, row: &Row<'_>, head: usize, tokens: Range<usize>, tile: &mut Tile) {
+        let group = self.spec().layout.group_size;
+        for start in tokens.clone().step_by(group) {
+            let (block, at) = (row.table[start / group], start - tokens.start);
+            match self.is_sealed(block) {
+                true => self.read_page(block, head, at, tile),
+                false => self.read_open(block, head, at, group.min(tokens.end - start), tile),
+            }
+        }
+    }
+
+    fn read_page(&self, block: usize, head: usize, at: usize, tile: &mut Tile) {
+        let page = self.head(block, head);
+        page.dequantize_keys(&mut tile.keys[at..], KEY_STRIDE);
+        page.dequantize_values(&mut tile.values[at * page.layout.v_dim..]);
+        for (i, t) in page.traced().iter().enumerate() {
+            tile.put(at + usize::from(*t), 1, |_| self.traced(block, head, i));
+        }
+    }
+
+    fn read_open(&self, block: usize, head: usize, at: usize, len: usize, tile: &mut Tile) {
         let layout = &self.spec().layout;
-        let (group, k_dim, v_dim) = (layout.group_size, layout.k_dim, layout.v_dim);
-        let mut numbers = vec![0f32; group * k_dim.max(v_dim)];
-        let blocks = k.chunks_mut(group * k_dim).zip(v.chunks_mut(group * v_dim));
-        for ((k, v), &block) in blocks.zip(row.table) {
-            if !self.is_sealed(block) {
-                let chunks = k.chunks_mut(CHUNK * k_dim).zip(v.chunks_mut(CHUNK * v_dim));
-                for (i, (k, v)) in chunks.enumerate() {
-                    if let Some((keys, values)) = self.chunk(block, i, head) {
-                        k.copy_from_slice(&keys[..k.len()]);
-                        v.copy_from_slice(&values[..v.len()]);
-                    }
-                }
-                continue;
-            }
-            let page = self.head(block, head);
-            page.dequantize_keys(&mut numbers[..group * k_dim]);
-            k.iter_mut()
-                .zip(&numbers)
-                .for_each(|(k, x)| *k = E::round(*x));
-            page.dequantize_values(&mut numbers[..group * v_dim]);
-            v.iter_mut()
-                .zip(&numbers)
-                .for_each(|(v, x)| *v = E::round(*x));
-            for (i, t) in page.traced().iter().map(|t| usize::from(*t)).enumerate() {
-                if (t + 1) * k_dim <= k.len() {
-                    let (key, value) = self.traced(block, head, i);
-                    k[t * k_dim..][..k_dim].copy_from_slice(key);
-                    v[t * v_dim..][..v_dim].copy_from_slice(value);
-                }
-            }
+        let (k_dim, v_dim) = (layout.k_dim, layout.v_dim);
+        for start in (0..len).step_by(CHUNK) {
+            let Some((keys, values)) = self.chunk(block, start / CHUNK, head) else {
+                continue; // `check_past` has refused blocks that hold nothing.
+            };
+            let token = |t: usize| {
+                let (key, value) = (&keys[t * k_dim..], &values[t * v_dim..]);
+                (&key[..k_dim], &value[..v_dim])
+            };
+            tile.put(at + start, CHUNK.min(len - start), token);
         }
     }
 }

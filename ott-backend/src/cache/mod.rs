@@ -17,6 +17,7 @@ mod layer;
 mod page;
 mod seal;
 mod staging;
+mod tile;
 mod trace;
 mod traced;
 mod view;
@@ -30,6 +31,7 @@ pub use layer::{LayerCache, BLOCK_STATE_BYTES};
 pub use page::PageHead;
 pub use seal::{seal_groups, LayerSpec, SealedHead};
 pub use staging::CHUNK;
+pub use tile::{Tile, KEY_STRIDE, TILE};
 pub use trace::TraceState;
 
 use crate::error::{Error, Result};

@@ -44,17 +44,17 @@ impl<'a> PageHead<'a> {
         &slots[..len]
     }
 
-    /// Keys as numbers, `(G, k_dim)`; traced tokens read as the group's mean.
-    pub fn dequantize_keys(&self, out: &mut [f32]) {
-        let (keys, k_dim) = (self.keys(), self.layout.k_dim);
-        let mut codes = vec![0.0; keys.tokens];
+    /// Keys as numbers, `(k_dim, stride)`, of which the first G columns are overwritten; traced
+    /// tokens read as the group's mean.
+    pub fn dequantize_keys(&self, out: &mut [f32], stride: usize) {
+        let keys = self.keys();
         let bytes = packed_len(keys.tokens, keys.bits);
-        for (c, packed) in keys.codes.chunks_exact(bytes).enumerate() {
-            unpack_f32(packed, keys.bits, &mut codes);
+        let channels = keys.codes.chunks_exact(bytes).zip(out.chunks_mut(stride));
+        for (c, (packed, channel)) in channels.enumerate() {
+            let channel = &mut channel[..keys.tokens];
+            unpack_f32(packed, keys.bits, channel);
             let (scale, min) = (f16_at(keys.scale, c).to_f32(), f16_at(keys.min, c).to_f32());
-            for (t, code) in codes.iter().enumerate() {
-                out[t * k_dim + c] = code * scale + min;
-            }
+            channel.iter_mut().for_each(|x| *x = *x * scale + min);
         }
     }
 
