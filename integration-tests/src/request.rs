@@ -30,10 +30,7 @@ pub fn prompt(len: usize, seed: u32) -> Vec<u32> {
 
 /// Complete exactly these tokens, greedily, by `max_len` tokens.
 pub async fn complete(host: &MistralRs, prompt: Vec<u32>, max_len: usize) -> Result<Answer> {
-    let done: CompletionResponse = match ask(host, prompt, max_len, false).await? {
-        Response::CompletionDone(done) => done,
-        _ => bail!("an answer of another kind came"),
-    };
+    let done = completion(host, prompt, max_len).await?;
     let choice = done.choices.into_iter().next();
     let choice = choice.context("an answer has a choice")?;
     let logprobs = choice.logprobs.and_then(|l| l.content).unwrap_or_default();
@@ -42,6 +39,18 @@ pub async fn complete(host: &MistralRs, prompt: Vec<u32>, max_len: usize) -> Res
         text: choice.text,
         tokens,
     })
+}
+
+/// The same with all that the host says of it.
+pub async fn completion(
+    host: &MistralRs,
+    prompt: Vec<u32>,
+    max_len: usize,
+) -> Result<CompletionResponse> {
+    match ask(host, prompt, max_len, false).await? {
+        Response::CompletionDone(done) => Ok(done),
+        _ => bail!("an answer of another kind came"),
+    }
 }
 
 /// Logits of the positions of a prompt that the host computes, one row per token; those before a prefix hit
