@@ -35,7 +35,8 @@ impl Affine {
     /// From the ends of a range; `None` if f16 cannot hold them.
     fn over(low: f32, high: f32, bits: u8) -> Option<Self> {
         let scale = f16::from_f32((high - low) / levels(bits));
-        let min = f16::from_f32(low);
+        // Which of -0 and +0 is the smaller one depends on the machine: a minimum of -0 is +0.
+        let min = f16::from_f32(low + 0.0);
         (scale.is_finite() && min.is_finite()).then_some(Self { scale, min })
     }
 
@@ -185,6 +186,14 @@ mod tests {
             let affine = affine.expect("finite");
             assert_eq!(affine.scale, f16::ZERO);
             assert!(codes.iter().all(|c| affine.value(*c) == x[0]));
+        }
+    }
+
+    #[test]
+    fn a_minimum_of_minus_zero_is_zero() {
+        for x in [[-0.0, 0.0, 1.0, 2.0], [0.0, -0.0, 1.0, 2.0], [-0.0; 4]] {
+            let affine = quantized(&x, 2, Clip::None).0.expect("finite");
+            assert_eq!(affine.min.to_bits(), 0, "{x:?}");
         }
     }
 
