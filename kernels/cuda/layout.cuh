@@ -3,24 +3,42 @@
 #pragma once
 #include <cstddef>
 
+#if defined(__CUDACC__)
+#define OTT_BOTH __host__ __device__
+#else
+#define OTT_BOTH
+#endif
+
 namespace ott {
 
-constexpr std::size_t align16(std::size_t n) { return (n + 15) / 16 * 16; }
+// Channels of a value group.
+constexpr int V_GROUP = 128;
+// Tokens of a chunk of the residual window.
+constexpr int CHUNK = 32;
+// A place of `slots` without a traced token.
+constexpr int NO_SLOT = 255;
+// `extra` of a chain on which tracing has stopped.
+constexpr int STOPPED = 255;
+
+OTT_BOTH constexpr std::size_t align16(std::size_t n) { return (n + 15) / 16 * 16; }
+
+// Bytes of `n` codes.
+OTT_BOTH constexpr int packed_len(int n, int bits) { return n * bits / 8; }
 
 // Offsets, in bytes, of the sections of one kv head's part of a page.
 struct PageLayout {
     std::size_t k_codes, k_scale, k_min, v_codes, v_scale, v_min, trace, head_bytes;
 
     // group: tokens of a page; outliers: members of the pool in this layer (0 where it does not trace).
-    constexpr PageLayout(std::size_t group, std::size_t k_dim, std::size_t v_dim, std::size_t k_bits,
-                         std::size_t v_bits, std::size_t outliers)
+    OTT_BOTH constexpr PageLayout(std::size_t group, std::size_t k_dim, std::size_t v_dim, std::size_t k_bits,
+                                  std::size_t v_bits, std::size_t outliers)
         : k_codes(0),
           k_scale(align16(k_dim * group * k_bits / 8)),
           k_min(align16(k_scale + 2 * k_dim)),
           v_codes(align16(k_min + 2 * k_dim)),
           v_scale(align16(v_codes + group * v_dim * v_bits / 8)),
-          v_min(align16(v_scale + 2 * group * ((v_dim + 127) / 128))),
-          trace(align16(v_min + 2 * group * ((v_dim + 127) / 128))),
+          v_min(align16(v_scale + 2 * group * ((v_dim + V_GROUP - 1) / V_GROUP))),
+          trace(align16(v_min + 2 * group * ((v_dim + V_GROUP - 1) / V_GROUP))),
           head_bytes(align16(trace + (outliers == 0 ? 0 : 5 * outliers + 1))) {}
 };
 

@@ -1,0 +1,133 @@
+// What every kernel knows: one layer's memory, the rows of a step, and how numbers are read.
+// `ott-kernels/src/lib.rs` mirrors the structs field by field (`repr(C)`).
+#pragma once
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "layout.cuh"
+
+namespace ott {
+
+// Most chunks of one row's window: it is shorter than two groups of 128.
+constexpr int WINDOW_CHUNKS = 8;
+// No chunk, no place.
+constexpr uint32_t NONE = 0xffffffffu;
+
+// One sequence in one step; the same for all layers. Tokens before `sealed * G` are in pages.
+struct Row {
+    uint32_t past;           // tokens stored before this step
+    uint32_t fresh;          // tokens of this step
+    uint32_t sealed_before;  // pages before this step
+    uint32_t sealed;         // pages after it
+    uint32_t table;          // where its block ids begin in `tables`
+    // Chunks of the window, from its first open block on: before this step, and after it.
+    uint32_t chunk_before[WINDOW_CHUNKS];
+    uint32_t chunk[WINDOW_CHUNKS];
+};
+
+// One layer of the cache, all on the device.
+struct Layer {
+    uint8_t* pages;          // (num_blocks, kv_heads, head_bytes)
+    uint8_t* staging;        // (chunks, kv_heads, keys (32, k_dim) then values (32, v_dim))
+    uint8_t* traced;         // (places, key (k_dim) then value (v_dim))
+    uint32_t* places;        // (num_blocks, kv_heads, outliers): the places of a page's traced tokens, or NONE
+    uint32_t* free;          // stack of free places
+    uint32_t* free_len;      // its length
+    uint32_t* status;        // set to 1 where a number cannot be quantized
+    uint32_t kv_heads, k_dim, v_dim, group, k_bits, v_bits, outliers, extra, clip;
+};
+
+// New keys or values of a step: strides in elements, channels side by side.
+struct Fresh {
+    const void* data;
+    int64_t row, head, token;
+};
+
+__device__ inline PageLayout page_layout(const Layer& l) {
+    return PageLayout(l.group, l.k_dim, l.v_dim, l.k_bits, l.v_bits, l.outliers);
+}
+
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(float x) { return x; }
+template <class E>
+__device__ inline E from_float(float x);
+template <>
+__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+
+// Scales and mins lie at even offsets.
+__device__ inline float half_at(const uint8_t* section, int i) {
+    return __half2float(reinterpret_cast<const __half*>(section)[i]);
+}
+
+// Code `j` of `n` codes packed in planes (docs/layout.md).
+__device__ inline uint32_t code_at(const uint8_t* bytes, int n, int bits, int j) {
+    if (bits == 3) {
+        uint32_t low = bytes[j % (n / 4)] >> (2 * (j / (n / 4))) & 3;
+        uint32_t high = bytes[n / 4 + j % (n / 8)] >> (j / (n / 8)) & 1;
+        return low | high << 2;
+    }
+    int len = packed_len(n, bits);
+    return bytes[j % len] >> (bits * (j / len)) & ((1u << bits) - 1);
+}
+
+// Byte `j` of `n` packed codes, gathered from the codes.
+__device__ inline uint8_t packed_byte(const uint8_t* codes, int n, int bits, int j) {
+    int from = 0, width = bits, planes_len = packed_len(n, bits);
+    if (bits == 3) {
+        bool low = j < n / 4;
+        j -= low ? 0 : n / 4;
+        from = low ? 0 : 2;
+        width = low ? 2 : 1;
+        planes_len = low ? n / 4 : n / 8;
+    }
+    uint32_t byte = 0;
+    for (int p = 0; p < 8 / width; ++p)
+        byte |= (codes[j + p * planes_len] >> from & ((1u << width) - 1)) << (p * width);
+    return static_cast<uint8_t>(byte);
+}
+
+template <class E>
+struct Token {
+    const E* k;
+    const E* v;
+};
+
+// A token of the window, `at` counted from the first open block.
+template <class E>
+__device__ inline Token<E> staged(const Layer& l, const uint32_t* chunks, int at, int head) {
+    const size_t width = l.k_dim + l.v_dim;
+    const E* base = reinterpret_cast<const E*>(l.staging) +
+                    (static_cast<size_t>(chunks[at / CHUNK]) * l.kv_heads + head) * CHUNK * width;
+    return {base + at % CHUNK * l.k_dim, base + CHUNK * l.k_dim + at % CHUNK * l.v_dim};
+}
+
+// A token that is not sealed before this step: staged, or new.
+template <class E>
+__device__ inline Token<E> unsealed(const Layer& l, const Row& row, const Fresh& k, const Fresh& v, int r, int head,
+                                    int position) {
+    int fresh = position - static_cast<int>(row.past);
+    if (fresh < 0)
+        return staged<E>(l, row.chunk_before, position - static_cast<int>(row.sealed_before * l.group), head);
+    return {static_cast<const E*>(k.data) + r * k.row + head * k.head + fresh * k.token,
+            static_cast<const E*>(v.data) + r * v.row + head * v.head + fresh * v.token};
+}
+
+// A traced token.
+template <class E>
+__device__ inline Token<E> traced(const Layer& l, uint32_t place) {
+    const E* base = reinterpret_cast<const E*>(l.traced) + static_cast<size_t>(place) * (l.k_dim + l.v_dim);
+    return {base, base + l.k_dim};
+}
+
+__device__ inline uint8_t* head_part(const Layer& l, uint32_t block, int head, size_t head_bytes) {
+    return l.pages + (static_cast<size_t>(block) * l.kv_heads + head) * head_bytes;
+}
+
+}  // namespace ott

@@ -1,0 +1,148 @@
+// Matrix products with raw codes on tensor cores.
+//
+// A section of a page is a matrix of codes: ROWS rows (channels of keys, tokens of values) of N codes each, packed in
+// planes. The product wanted is `sum over rows of factor[row][column] * code[row][i]` for all i: codes are the left
+// operand of `mma.m16n8k32` with 8-bit integers, factors the right one.
+//
+// - A plane of 2 bits masked in place is `code * 4^plane`, still 8 bits: nothing is shifted, and the power goes into
+//   the factor of the result. Per 16 codes: 4 masks.
+// - Integers add up exactly. A factor is 16 bits wide, as a high and a low byte in neighbouring columns, so that 8
+//   columns hold 4 queries.
+// - An operand register holds 4 rows of one code: 4 words of 4 rows are transposed with 8 byte permutes per 64 codes.
+//   Thread `t` of a quad takes rows 4 * (SLOTS * t + slot) .. + 3, in the order rotated by t: no bank conflicts.
+#pragma once
+#include <cstdint>
+
+namespace ott {
+
+// Queries of a tile.
+constexpr int QUERIES = 4;
+
+__device__ inline void mma(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+template <int N, int BITS, int ROWS>
+struct Codes {
+    static constexpr int PLANES = BITS == 3 ? 4 : 8 / BITS;
+    static constexpr int ROW_BYTES = N * BITS / 8;
+    // Bytes of a plane, and those that one of the 8 thread groups takes.
+    static constexpr int PLANE = N / PLANES;
+    static constexpr int BYTES = PLANE / 8;
+    // Results of one thread, each for one query.
+    static constexpr int OUT = N / 8;
+    // Operand registers of a thread: 4 rows each.
+    static constexpr int SLOTS = ROWS / 16;
+    // Words from one column of factors to the next: no bank conflicts.
+    static constexpr int STRIDE = SLOTS == 8 ? 36 : 4 * SLOTS;
+
+    // The code that result `o` of thread group `g` belongs to.
+    __device__ static constexpr int element(int o, int g) {
+        const int i = o / PLANES, p = o % PLANES;
+        return i / 4 * 32 + (BYTES < 4 ? BYTES : 4) * g + i % 4 + p * PLANE;
+    }
+
+    // 4^-plane where planes are masked in place.
+    __device__ static constexpr float weight(int o) { return BITS == 3 ? 1.0f : 1.0f / (1 << (BITS * (o % PLANES))); }
+
+    // Words of this thread group in 4 rows, byte by byte: `out[i]` has byte i of each row.
+    __device__ static void transpose(const uint32_t (&w)[4], int g, uint32_t* out) {
+        if constexpr (BYTES >= 4) {
+            const uint32_t low01 = __byte_perm(w[0], w[1], 0x5140), high01 = __byte_perm(w[0], w[1], 0x7362);
+            const uint32_t low23 = __byte_perm(w[2], w[3], 0x5140), high23 = __byte_perm(w[2], w[3], 0x7362);
+            out[0] = __byte_perm(low01, low23, 0x5410);
+            out[1] = __byte_perm(low01, low23, 0x7632);
+            out[2] = __byte_perm(high01, high23, 0x5410);
+            out[3] = __byte_perm(high01, high23, 0x7632);
+        } else {
+            const uint32_t pick = g & 1 ? 0x7362 : 0x5140;
+            const uint32_t both01 = __byte_perm(w[0], w[1], pick), both23 = __byte_perm(w[2], w[3], pick);
+            out[0] = __byte_perm(both01, both23, 0x5410);
+            out[1] = __byte_perm(both01, both23, 0x7632);
+        }
+    }
+
+    // Plane `p` of four rows.
+    __device__ static uint32_t plane(uint32_t low, uint32_t high, int p, int g) {
+        if constexpr (BITS == 3)
+            return (low >> (2 * p) & 0x03030303u) | (high >> (2 * p + (g >> 2)) & 0x01010101u) << 2;
+        constexpr uint32_t mask = ((1u << BITS) - 1) * 0x01010101u;
+        return low & mask << (BITS * p);
+    }
+
+    // `codes`: the section, in shared memory; `factors`: the columns, in shared memory.
+    // result[o / 2][o % 2 * 2 + part]: result o of this thread's query `t`, high part and low part
+    __device__ static void multiply(const uint8_t* codes, const uint32_t* factors, int lane,
+                                    int (&result)[OUT / 2][4]) {
+        const int g = lane / 4, t = lane % 4;
+        uint32_t b[SLOTS];
+#pragma unroll
+        for (int s = 0; s < SLOTS; s += 4) {
+            const uint4 four = *reinterpret_cast<const uint4*>(factors + g * STRIDE + SLOTS * t + s);
+            b[s] = __funnelshift_r(four.x, four.x, 8 * t);
+            b[s + 1] = __funnelshift_r(four.y, four.y, 8 * t);
+            b[s + 2] = __funnelshift_r(four.z, four.z, 8 * t);
+            b[s + 3] = __funnelshift_r(four.w, four.w, 8 * t);
+        }
+#pragma unroll
+        for (int m = 0; m < OUT / 2; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) result[m][i] = 0;
+
+        const uint8_t* rows[4];
+        const int word = (BYTES < 4 ? BYTES * g / 4 : g) * 4;
+#pragma unroll
+        for (int x = 0; x < 4; ++x) rows[x] = codes + (4 * SLOTS * t + (x + t) % 4) * ROW_BYTES + word;
+        // The high bits of 3-bit codes.
+        const int high_at = PLANE - word + (BYTES < 4 ? BYTES * (g % 4) / 4 : g % 4) * 4;
+#pragma unroll
+        for (int step = 0; step < SLOTS / 2; ++step) {
+            uint32_t low[2][BYTES], high[2][BYTES] = {};
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int at = (2 * step + h) * 4 * ROW_BYTES;
+#pragma unroll
+                for (int u = 0; u < BYTES; u += 4) {
+                    uint32_t w[4];
+#pragma unroll
+                    for (int x = 0; x < 4; ++x) w[x] = *reinterpret_cast<const uint32_t*>(rows[x] + at + 8 * u);
+                    transpose(w, g, low[h] + u);
+                }
+                if constexpr (BITS == 3) {
+                    uint32_t w[4];
+#pragma unroll
+                    for (int x = 0; x < 4; ++x) w[x] = *reinterpret_cast<const uint32_t*>(rows[x] + at + high_at);
+                    transpose(w, g, high[h]);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < OUT / 2; ++m) {
+                const int i = 2 * m / PLANES, p = 2 * m % PLANES;
+                mma(result[m], plane(low[0][i], high[0][i], p, g), plane(low[0][i], high[0][i], p + 1, g),
+                    plane(low[1][i], high[1][i], p, g), plane(low[1][i], high[1][i], p + 1, g), b[2 * step],
+                    b[2 * step + 1]);
+            }
+        }
+    }
+};
+
+// 16-bit fixed point: high and low bytes of 4 numbers below 1 / inverse in magnitude, where inverse = LARGEST / max.
+constexpr float LARGEST = 32256.0f;
+
+__device__ inline void fix(const float (&x)[4], float inverse, uint32_t& high, uint32_t& low) {
+    // 1.5 * 2^23 puts the integer into the low bits; 128 more make the low byte signed after the flip.
+    uint32_t i[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) i[k] = __float_as_uint(fmaf(x[k], inverse, 12582912.0f + 128.0f));
+    const uint32_t a = __byte_perm(i[0], i[1], 0x5410), b = __byte_perm(i[2], i[3], 0x5410);
+    high = __byte_perm(a, b, 0x7531);
+    low = __byte_perm(a, b, 0x6420) ^ 0x80808080u;
+}
+
+__device__ inline float unfixed(int high, int low) { return static_cast<float>(high * 256 + low); }
+
+}  // namespace ott

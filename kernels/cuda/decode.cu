@@ -1,0 +1,194 @@
+// Decode attention, the clear version: any bits, any head size. A block takes one query head over one item, a thread
+// one token, then one channel. Also the merge of items, and dequantization for prefix hits.
+#include "attend.cuh"
+
+namespace ott {
+
+constexpr int THREADS = 128;
+constexpr int MAX_DIM = 1024;
+
+__device__ inline float block_max(float x, float* shared) {
+    for (int h = 16; h > 0; h /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, h));
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+    __syncthreads();
+    return fmaxf(fmaxf(shared[0], shared[1]), fmaxf(shared[2], shared[3]));
+}
+
+// grid (items, num_heads), 128 threads
+template <class E>
+__device__ void decode(Layer l, const Row* rows, const uint32_t* tables, const Item* items, Query query) {
+    __shared__ float q[MAX_DIM], out[MAX_DIM], p[THREADS], shared[4];
+    const Item item = items[blockIdx.x];
+    const Row& row = rows[item.row];
+    const int t = threadIdx.x, k_dim = l.k_dim, v_dim = l.v_dim, group = l.group;
+    const int head = blockIdx.y * l.kv_heads / query.num_heads;
+    const PageLayout layout = page_layout(l);
+    const E* from = static_cast<const E*>(query.q) + item.row * query.row + blockIdx.y * query.head;
+    for (int c = t; c < k_dim; c += THREADS) q[c] = to_float(from[c]) * query.scale;
+    for (int c = t; c < v_dim; c += THREADS) out[c] = 0.0f;
+    __syncthreads();
+    float max = -INFINITY, sum = 0.0f;
+
+    // One tile of at most 128 tokens: thread t's score; then weights in `p`.
+    auto weigh = [&](float score) {
+        const float next = fmaxf(max, block_max(score, shared));
+        const float shrink = exp2f(max - next);
+        max = next;
+        p[t] = exp2f(score - max);
+        __syncthreads();
+        float tile = 0.0f;
+        for (int i = 0; i < THREADS; ++i) tile += p[i];
+        sum = sum * shrink + tile;
+        return shrink;
+    };
+    auto dot = [&](const E* key) {
+        float s = 0.0f;
+        for (int c = 0; c < k_dim; ++c) s += q[c] * to_float(key[c]);
+        return capped(s, query.softcap);
+    };
+
+    if (item.from == NONE) {
+        const int len = row.past + row.fresh - row.sealed * group;
+        for (int start = 0; start < len; start += THREADS) {
+            const int at = start + t;
+            const float shrink = weigh(at < len ? dot(staged<E>(l, row.chunk, at, head).k) : -INFINITY);
+            for (int c = t; c < v_dim; c += THREADS) {
+                float o = out[c] * shrink;
+                for (int i = 0; i < min(THREADS, len - start); ++i)
+                    o += p[i] * to_float(staged<E>(l, row.chunk, start + i, head).v[c]);
+                out[c] = o;
+            }
+            __syncthreads();
+        }
+    }
+    for (uint32_t g = item.from; item.from != NONE && g < item.to; ++g) {
+        const uint32_t block = tables[row.table + g];
+        const uint8_t* page = head_part(l, block, head, layout.head_bytes);
+        const uint8_t* slots = page + layout.trace + 4 * l.outliers;
+        const uint32_t* places = l.places + (static_cast<size_t>(block) * l.kv_heads + head) * l.outliers;
+        float score = -INFINITY;
+        uint32_t place = NONE;
+        for (uint32_t i = 0; i < l.outliers; ++i)
+            if (slots[i] == t) place = places[i];
+        if (place != NONE) {
+            score = dot(traced<E>(l, place).k);
+        } else if (t < group) {
+            score = 0.0f;
+            const int bytes = packed_len(group, l.k_bits);
+            for (int c = 0; c < k_dim; ++c) {
+                const float code = static_cast<float>(code_at(page + layout.k_codes + c * bytes, group, l.k_bits, t));
+                score += q[c] * half_at(page + layout.k_scale, c) * code + q[c] * half_at(page + layout.k_min, c);
+            }
+            score = capped(score, query.softcap);
+        }
+        const float shrink = weigh(score);
+        const int bytes = packed_len(v_dim, l.v_bits);
+        for (int c = t; c < v_dim; c += THREADS) {
+            const int vg = c / V_GROUP, width = min(V_GROUP, v_dim - vg * V_GROUP);
+            float o = out[c] * shrink;
+            for (int i = 0; i < group; ++i) {
+                uint32_t at = NONE;
+                for (uint32_t n = 0; n < l.outliers; ++n)
+                    if (slots[n] == i) at = places[n];
+                const uint8_t* codes = page + layout.v_codes + i * bytes + packed_len(vg * V_GROUP, l.v_bits);
+                const float code = static_cast<float>(code_at(codes, width, l.v_bits, c - vg * V_GROUP));
+                const float value = at != NONE ? to_float(traced<E>(l, at).v[c])
+                                               : code * half_at(page + layout.v_scale, vg * group + i) +
+                                                     half_at(page + layout.v_min, vg * group + i);
+                o += p[i] * value;
+            }
+            out[c] = o;
+        }
+        __syncthreads();
+    }
+    float* to = query.sums + (static_cast<size_t>(blockIdx.x) * query.num_heads + blockIdx.y) * (2 + v_dim);
+    if (t == 0) to[0] = max;
+    if (t == 0) to[1] = sum;
+    for (int c = t; c < v_dim; c += THREADS) to[2 + c] = out[c];
+}
+
+// Join the items of each row, in their order. grid (num_heads, rows); `of_row`: (first item, end)
+template <class E>
+__device__ void merge(const uint2* of_row, Query query, uint32_t v_dim) {
+    const uint2 items = of_row[blockIdx.y];
+    const size_t stride = static_cast<size_t>(query.num_heads) * (2 + v_dim);
+    const float* from = query.sums + blockIdx.x * (2 + v_dim);
+    float max = -INFINITY, sum = 0.0f;
+    for (uint32_t i = items.x; i < items.y; ++i) max = fmaxf(max, from[i * stride]);
+    for (uint32_t i = items.x; i < items.y; ++i) sum += from[i * stride + 1] * exp2f(from[i * stride] - max);
+    const float inverse = 1.0f / sum;
+    E* out = static_cast<E*>(query.out) + (static_cast<size_t>(blockIdx.y) * query.num_heads + blockIdx.x) * v_dim;
+    for (uint32_t c = threadIdx.x; c < v_dim; c += blockDim.x) {
+        float o = 0.0f;
+        for (uint32_t i = items.x; i < items.y; ++i) {
+            const float weight = exp2f(from[i * stride] - max);
+            o += weight == 0.0f ? 0.0f : from[i * stride + 2 + c] * weight;
+        }
+        out[c] = from_float<E>(o * inverse);
+    }
+}
+
+// Tokens `0 .. past` of one row as numbers: k (kv_heads, past, k_dim), v (kv_heads, past, v_dim). Traced tokens are as
+// they were. grid (past, kv_heads)
+template <class E>
+__device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_t r, E* k, E* v) {
+    const Row& row = rows[r];
+    const int position = blockIdx.x, head = blockIdx.y, group = l.group;
+    E* key = k + (static_cast<size_t>(head) * row.past + position) * l.k_dim;
+    E* value = v + (static_cast<size_t>(head) * row.past + position) * l.v_dim;
+    const int g = position / group, t = position % group;
+    Token<E> whole = {nullptr, nullptr};
+    const PageLayout layout = page_layout(l);
+    const uint8_t* page = nullptr;
+    if (g >= static_cast<int>(row.sealed_before)) {
+        whole = staged<E>(l, row.chunk_before, position - row.sealed_before * group, head);
+    } else {
+        const uint32_t block = tables[row.table + g];
+        page = head_part(l, block, head, layout.head_bytes);
+        for (uint32_t i = 0; i < l.outliers; ++i)
+            if (page[layout.trace + 4 * l.outliers + i] == t)
+                whole = traced<E>(l, l.places[(static_cast<size_t>(block) * l.kv_heads + head) * l.outliers + i]);
+    }
+    for (int c = threadIdx.x; c < static_cast<int>(l.k_dim); c += blockDim.x) {
+        if (whole.k != nullptr) {
+            key[c] = whole.k[c];
+            continue;
+        }
+        const uint8_t* codes = page + layout.k_codes + c * packed_len(group, l.k_bits);
+        const float code = static_cast<float>(code_at(codes, group, l.k_bits, t));
+        key[c] = from_float<E>(__fadd_rn(__fmul_rn(code, half_at(page + layout.k_scale, c)),
+                                         half_at(page + layout.k_min, c)));
+    }
+    for (int c = threadIdx.x; c < static_cast<int>(l.v_dim); c += blockDim.x) {
+        if (whole.v != nullptr) {
+            value[c] = whole.v[c];
+            continue;
+        }
+        const int vg = c / V_GROUP, width = min(V_GROUP, static_cast<int>(l.v_dim) - vg * V_GROUP);
+        const uint8_t* codes =
+            page + layout.v_codes + t * packed_len(l.v_dim, l.v_bits) + packed_len(vg * V_GROUP, l.v_bits);
+        const float code = static_cast<float>(code_at(codes, width, l.v_bits, c - vg * V_GROUP));
+        value[c] = from_float<E>(__fadd_rn(__fmul_rn(code, half_at(page + layout.v_scale, vg * group + t)),
+                                           half_at(page + layout.v_min, vg * group + t)));
+    }
+}
+
+}  // namespace ott
+
+#define OTT_DECODE(suffix, E)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(128) ott_decode_##suffix(                                       \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, ott::Query query) {  \
+        ott::decode<E>(l, rows, tables, items, query);                                                           \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(128) ott_merge_##suffix(const uint2* of_row, ott::Query query,  \
+                                                                         uint32_t v_dim) {                       \
+        ott::merge<E>(of_row, query, v_dim);                                                                     \
+    }                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(128) ott_gather_##suffix(                                       \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, uint32_t row, E* k, E* v) {                  \
+        ott::gather<E>(l, rows, tables, row, k, v);                                                              \
+    }
+OTT_DECODE(f16, __half)
+OTT_DECODE(bf16, __nv_bfloat16)
+OTT_DECODE(f32, float)

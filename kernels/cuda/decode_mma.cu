@@ -1,0 +1,464 @@
+// Decode attention on tensor cores: groups of 128 tokens, heads of 64 or 128 channels, f16 and bf16.
+//
+// A warp takes one kv head's part of a page after the other, for 4 query heads at once, with a softmax of its own; the
+// warps of a block join at the end, and `ott_merge` joins blocks. Codes never become numbers (codes.cuh): key scales go
+// into q, value scales into the weights, as fixed-point factors that are made once per page.
+//
+// Bytes come as half pages (keys; values and trace) through a ring of 3 in shared memory, two on their way while one
+// is worked on.
+#include "attend.cuh"
+#include "codes.cuh"
+
+namespace ott {
+
+constexpr int WARPS = 4;
+constexpr int RING = 3;
+constexpr int GROUP = 128;
+
+__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// A ring of byte ranges on their way into shared memory, of one warp.
+template <int SLOT>
+struct Ring {
+    uint8_t* bytes;
+    uint64_t* barrier;
+
+    __device__ void init(int lane) {
+#if __CUDA_ARCH__ >= 900
+        if (lane < RING) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier + lane)));
+        asm volatile("fence.mbarrier_init.release.cluster;");
+#endif
+        __syncwarp();
+    }
+
+    __device__ uint8_t* slot(int i) const { return bytes + i % RING * SLOT; }
+
+    // `len` is a multiple of 16, as are the addresses.
+    __device__ void load(int i, const uint8_t* from, uint32_t len, int lane) {
+        const uint32_t to = shared_address(slot(i));
+#if __CUDA_ARCH__ >= 900
+        if (lane == 0) {
+            const uint32_t b = shared_address(barrier + i % RING);
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(len) : "memory");
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                "l"(from), "r"(len), "r"(b)
+                : "memory");
+        }
+#else
+        for (uint32_t at = lane * 16; at < len; at += 32 * 16)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from + at) : "memory");
+#endif
+    }
+
+    // Nothing to load: keeps the count of groups.
+    __device__ void commit() {
+#if __CUDA_ARCH__ < 900
+        asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+    }
+
+    __device__ void wait(int i) {
+#if __CUDA_ARCH__ >= 900
+        const uint32_t b = shared_address(barrier + i % RING), parity = i / RING & 1;
+        uint32_t done = 0;
+        while (done == 0)
+            asm volatile(
+                "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                : "=r"(done)
+                : "r"(b), "r"(parity)
+                : "memory");
+#else
+        asm volatile("cp.async.wait_group %0;" ::"n"(RING - 2) : "memory");
+        __syncwarp();
+#endif
+    }
+};
+
+// Sums over the lanes that share queries; each thread gets that of its query `lane % 4`. Lane `l` has 4 channels of
+// queries `PER * (l / (DIM / 4)) ..`.
+template <int DIM, int PER>
+__device__ inline float sum_for_query(const float (&x)[PER], int lane) {
+    float s;
+    if constexpr (PER == 4) {
+        const bool upper = lane & 2, odd = lane & 1;
+        const float a = (upper ? x[2] : x[0]) + __shfl_xor_sync(~0u, upper ? x[0] : x[2], 2);
+        const float b = (upper ? x[3] : x[1]) + __shfl_xor_sync(~0u, upper ? x[1] : x[3], 2);
+        s = (odd ? b : a) + __shfl_xor_sync(~0u, odd ? a : b, 1);
+        for (int h = 4; h < 32; h *= 2) s += __shfl_xor_sync(~0u, s, h);
+    } else {
+        const bool odd = lane & 1;
+        s = (odd ? x[1] : x[0]) + __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1);
+        for (int h = 2; h < 16; h *= 2) s += __shfl_xor_sync(~0u, s, h);
+        s = __shfl_sync(~0u, s, (lane & 2) << 3 | (lane & 1));
+    }
+    return s;
+}
+
+__device__ inline float max_over_groups(float x) {
+    for (int h = 4; h < 32; h *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, h));
+    return x;
+}
+
+__device__ inline void four_halves(const uint8_t* at, float (&x)[4]) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(at);
+    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
+    const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+    x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
+}
+
+template <class E, int DIM, int KB, int VB>
+struct Kernel {
+    using K = Codes<GROUP, KB, DIM>;
+    using V = Codes<DIM, VB, GROUP>;
+    static constexpr PageLayout AT{GROUP, DIM, DIM, KB, VB, 16};
+    // Queries that a lane has 4 channels of.
+    static constexpr int PER = QUERIES * DIM / 128;
+    static constexpr int KEYS = AT.v_codes, VALUES = AT.head_bytes - AT.v_codes;
+    static constexpr int SLOT = (KEYS > VALUES ? KEYS : VALUES) + 127 & ~127;
+    static constexpr int FACTORS = 8 * (K::STRIDE > V::STRIDE ? K::STRIDE : V::STRIDE);
+
+    struct Warp {
+        alignas(128) uint8_t ring[RING * SLOT];
+        alignas(16) uint32_t factors[FACTORS];
+        alignas(8) uint64_t barrier[RING];
+    };
+    struct Shared {
+        Warp warp[WARPS];
+        // What each warp found: maximum, sum and weighted values by query.
+        float max[WARPS][QUERIES], sum[WARPS][QUERIES];
+        float q[DIM][QUERIES];
+    };
+    // Weighted values by warp, in the place of the rings.
+    static_assert(sizeof(float) * QUERIES * DIM <= sizeof(Warp::ring), "a warp's result fits its ring");
+
+    // Softmax of this thread's query (`lane % 4`): the sum is over this thread's tokens alone, `base` is
+    // the weighted sum of value mins, `out` are this thread's channels.
+    struct Softmax {
+        float max = -INFINITY, sum = 0.0f, base = 0.0f;
+        float out[V::OUT] = {};
+
+        __device__ void raise(float to) {
+            const float shrink = exp2f(max - to);
+            max = to;
+            sum *= shrink;
+            base *= shrink;
+#pragma unroll
+            for (int o = 0; o < V::OUT; ++o) out[o] *= shrink;
+        }
+    };
+
+    // Scores of a page's tokens, all but those of traced ones.
+    __device__ static void scores(const uint8_t* keys, const float (&q)[PER][4], uint32_t* factors, int lane,
+                                  float (&score)[K::OUT]) {
+        const int at = lane % (DIM / 4), first = lane / (DIM / 4) * PER;
+        float scale[4], min[4], bias[PER], inverse[PER];
+        four_halves(keys + AT.k_scale + 8 * at, scale);
+        four_halves(keys + AT.k_min + 8 * at, min);
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < PER; ++j) {
+            float x[4], largest = 1e-30f;
+            bias[j] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                x[i] = q[j][i] * scale[i];
+                largest = fmaxf(largest, fabsf(x[i]));
+                bias[j] = fmaf(q[j][i], min[i], bias[j]);
+            }
+            if constexpr (PER == 4) {
+                largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+            } else {
+                for (int h = 1; h < DIM / 4; h *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, h));
+            }
+            inverse[j] = largest;
+            uint32_t high, low;
+            fix(x, __fdividef(LARGEST, largest), high, low);
+            factors[2 * (first + j) * K::STRIDE + at] = high;
+            factors[(2 * (first + j) + 1) * K::STRIDE + at] = low;
+        }
+        __syncwarp();
+        const float base = sum_for_query<DIM, PER>(bias, lane);
+        float unit;
+        if constexpr (PER == 4) {
+            const bool upper = lane & 2, odd = lane & 1;
+            unit = upper ? (odd ? inverse[3] : inverse[2]) : (odd ? inverse[1] : inverse[0]);
+        } else {
+            const float mine = __shfl_sync(~0u, inverse[0], (lane & 2) << 3), other = __shfl_sync(~0u, inverse[1], (lane & 2) << 3);
+            unit = lane & 1 ? other : mine;
+        }
+        unit *= 1.0f / LARGEST;
+        int result[K::OUT / 2][4];
+        K::multiply(keys, factors, lane, result);
+#pragma unroll
+        for (int o = 0; o < K::OUT; ++o)
+            score[o] = fmaf(unfixed(result[o / 2][o % 2 * 2], result[o / 2][o % 2 * 2 + 1]), unit * K::weight(o), base);
+    }
+
+    // Add a page's values with weights `p`.
+    __device__ static void add(const uint8_t* values, float (&p)[K::OUT], uint32_t* factors, int lane, Softmax& s) {
+        const int g = lane / 4, t = lane % 4;
+        const uint8_t* scales = values + (AT.v_scale - AT.v_codes);
+        const uint8_t* mins = values + (AT.v_min - AT.v_codes);
+        float largest = 1e-30f;
+        // Four tokens in a row are results i, i + PLANES, ...
+        constexpr int P = K::PLANES;
+#pragma unroll
+        for (int four = 0; four < K::OUT / 4; ++four) {
+            const int first = four / P * 4 * P + four % P;
+            float scale[4], min[4];
+            four_halves(scales + 2 * K::element(first, g), scale);
+            four_halves(mins + 2 * K::element(first, g), min);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& x = p[first + i * P];
+                s.base = fmaf(x, min[i], s.base);
+                x *= scale[i];
+                largest = fmaxf(largest, x);
+            }
+        }
+        largest = max_over_groups(largest);
+        const float inverse = __fdividef(LARGEST, largest);
+        __syncwarp();
+#pragma unroll
+        for (int four = 0; four < K::OUT / 4; ++four) {
+            const int first = four / P * 4 * P + four % P;
+            const float x[4] = {p[first], p[first + P], p[first + 2 * P], p[first + 3 * P]};
+            uint32_t high, low;
+            fix(x, inverse, high, low);
+            factors[2 * t * V::STRIDE + K::element(first, g) / 4] = high;
+            factors[(2 * t + 1) * V::STRIDE + K::element(first, g) / 4] = low;
+        }
+        __syncwarp();
+        int result[V::OUT / 2][4];
+        V::multiply(values, factors, lane, result);
+        const float unit = largest * (1.0f / LARGEST);
+#pragma unroll
+        for (int o = 0; o < V::OUT; ++o)
+            s.out[o] =
+                fmaf(unfixed(result[o / 2][o % 2 * 2], result[o / 2][o % 2 * 2 + 1]), unit * V::weight(o), s.out[o]);
+    }
+
+    // Pages `from .. to` of a row, every WARPS-th.
+    __device__ static void pages(const Layer& l, const uint32_t* table, const Item& item, int head, float softcap,
+                                 const float (&q)[PER][4], Warp& shared, int warp, int lane, Softmax& s) {
+        const size_t head_bytes = PageLayout(GROUP, DIM, DIM, KB, VB, l.outliers).head_bytes;
+        const uint32_t values_len = head_bytes - AT.v_codes;
+        const int count = (static_cast<int>(item.to - item.from) - warp + WARPS - 1) / WARPS;
+        Ring<SLOT> ring{shared.ring, shared.barrier};
+        ring.init(lane);
+        auto part = [&](int page) { return head_part(l, table[item.from + warp + page * WARPS], head, head_bytes); };
+        const uint8_t* next = count > 0 ? part(0) : nullptr;
+        if (count > 0) {
+            ring.load(0, next, KEYS, lane);
+            ring.commit();
+            ring.load(1, next + AT.v_codes, values_len, lane);
+            ring.commit();
+        }
+        if (count > 1) next = part(1);
+        for (int page = 0; page < count; ++page) {
+            float score[K::OUT];
+            ring.wait(2 * page);
+            if (page + 1 < count) ring.load(2 * page + 2, next, KEYS, lane);
+            ring.commit();
+            scores(ring.slot(2 * page), q, shared.factors, lane, score);
+            __syncwarp();
+            ring.wait(2 * page + 1);
+            if (page + 1 < count) {
+                ring.load(2 * page + 3, next + AT.v_codes, values_len, lane);
+                if (page + 2 < count) next = part(page + 2);
+            }
+            ring.commit();
+            const uint8_t* values = ring.slot(2 * page + 1);
+            const uint8_t* slots = values + (AT.trace - AT.v_codes) + 4 * l.outliers;
+            if (softcap != 0.0f)
+#pragma unroll
+                for (int o = 0; o < K::OUT; ++o) score[o] = capped(score[o], softcap);
+            const bool has_traced = l.outliers > 0 && slots[0] != NO_SLOT;
+            if (has_traced) hide(slots, l.outliers, lane, score);
+            float max = score[0];
+#pragma unroll
+            for (int o = 1; o < K::OUT; ++o) max = fmaxf(max, score[o]);
+            max = max_over_groups(max);
+            if (max > s.max) s.raise(max);
+#pragma unroll
+            for (int o = 0; o < K::OUT; ++o) {
+                score[o] = exp2f(score[o] - s.max);
+                s.sum += score[o];
+            }
+            add(values, score, shared.factors, lane, s);
+            if (has_traced) {
+                const uint32_t block = table[item.from + warp + page * WARPS];
+                const uint32_t* places = l.places + (static_cast<size_t>(block) * l.kv_heads + head) * l.outliers;
+                for (uint32_t i = 0; i < l.outliers && slots[i] != NO_SLOT; ++i)
+                    add_traced(traced<E>(l, places[i]), q, softcap, lane, s);
+            }
+            __syncwarp();
+        }
+    }
+
+    // What a traced token's slot holds has no weight.
+    __device__ static void hide(const uint8_t* slots, uint32_t outliers, int lane, float (&score)[K::OUT]) {
+        for (uint32_t i = 0; i < outliers; ++i)
+#pragma unroll
+            for (int o = 0; o < K::OUT; ++o)
+                if (slots[i] == K::element(o, lane / 4)) score[o] = -INFINITY;
+    }
+
+    __device__ static void add_traced(Token<E> token, const float (&q)[PER][4], float softcap, int lane, Softmax& s) {
+        const int at = lane % (DIM / 4);
+        float dot[PER] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < PER; ++j) dot[j] = fmaf(q[j][i], to_float(token.k[4 * at + i]), dot[j]);
+        const float score = capped(sum_for_query<DIM, PER>(dot, lane), softcap);
+        if (score > s.max) s.raise(score);
+        const float p = exp2f(score - s.max);
+        if (lane / 4 == 0) s.sum += p;
+#pragma unroll
+        for (int o = 0; o < V::OUT; ++o) s.out[o] = fmaf(p, to_float(token.v[V::element(o, lane / 4)]), s.out[o]);
+    }
+
+    // The window, a chunk to a warp: a lane scores one token, then adds up 4 channels. Results go to `out`.
+    __device__ static void window(const Layer& l, const Row& row, int head, float softcap, Shared& shared, int warp,
+                                  int lane) {
+        const int len = row.past + row.fresh - row.sealed * GROUP;
+        float max[QUERIES], sum[QUERIES] = {}, out[QUERIES][DIM / 32] = {};
+#pragma unroll
+        for (int j = 0; j < QUERIES; ++j) max[j] = -INFINITY;
+        float4* weights = reinterpret_cast<float4*>(shared.warp[warp].factors);
+        static_assert(FACTORS * 4 >= CHUNK * sizeof(float4), "the weights of a chunk fit");
+        for (int start = warp * CHUNK; start < len; start += WARPS * CHUNK) {
+            const int tokens = min(CHUNK, len - start);
+            const Token<E> first = staged<E>(l, row.chunk, start, head);
+            float score[QUERIES] = {};
+            const uint4* key = reinterpret_cast<const uint4*>(first.k + min(lane, tokens - 1) * DIM);
+#pragma unroll 4
+            for (int c = 0; c < DIM; c += 8) {
+                const uint4 raw = key[c / 8];
+                const E* x = reinterpret_cast<const E*>(&raw);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float4 q = *reinterpret_cast<const float4*>(shared.q[c + i]);
+                    const float k = to_float(x[i]);
+                    score[0] = fmaf(q.x, k, score[0]);
+                    score[1] = fmaf(q.y, k, score[1]);
+                    score[2] = fmaf(q.z, k, score[2]);
+                    score[3] = fmaf(q.w, k, score[3]);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < QUERIES; ++j) {
+                score[j] = lane < tokens ? capped(score[j], softcap) : -INFINITY;
+                float top = score[j];
+                for (int h = 1; h < 32; h *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, h));
+                const float to = fmaxf(top, max[j]), shrink = exp2f(max[j] - to);
+                max[j] = to;
+                score[j] = exp2f(score[j] - to);
+                sum[j] = sum[j] * shrink + score[j];
+#pragma unroll
+                for (int i = 0; i < DIM / 32; ++i) out[j][i] *= shrink;
+            }
+            __syncwarp();
+            weights[lane] = make_float4(score[0], score[1], score[2], score[3]);
+            __syncwarp();
+#pragma unroll 4
+            for (int t = 0; t < tokens; ++t) {
+                const float4 p = weights[t];
+#pragma unroll
+                for (int i = 0; i < DIM / 32; ++i) {
+                    const float v = to_float(first.v[t * DIM + lane * (DIM / 32) + i]);
+                    out[0][i] = fmaf(p.x, v, out[0][i]);
+                    out[1][i] = fmaf(p.y, v, out[1][i]);
+                    out[2][i] = fmaf(p.z, v, out[2][i]);
+                    out[3][i] = fmaf(p.w, v, out[3][i]);
+                }
+            }
+        }
+        float* to = reinterpret_cast<float*>(shared.warp[warp].ring);
+#pragma unroll
+        for (int j = 0; j < QUERIES; ++j) {
+            for (int h = 1; h < 32; h *= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], h);
+            if (lane == 0) shared.max[warp][j] = max[j];
+            if (lane == 0) shared.sum[warp][j] = sum[j];
+#pragma unroll
+            for (int i = 0; i < DIM / 32; ++i) to[j * DIM + lane * (DIM / 32) + i] = out[j][i];
+        }
+    }
+
+    // grid (items, kv_heads, ceil(queries of a kv head / 4))
+    __device__ static void run(const Layer& l, const Row* rows, const uint32_t* tables, const Item* items,
+                               const Query& query, Shared& shared) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
+        const Item item = items[blockIdx.x];
+        const Row& row = rows[item.row];
+        const int ratio = query.num_heads / l.kv_heads, first = blockIdx.z * QUERIES;
+        const int queries = min(QUERIES, ratio - first);
+        const E* from = static_cast<const E*>(query.q) + item.row * query.row + (head * ratio + first) * query.head;
+        auto number = [&](int j, int c) { return j < queries ? to_float(from[j * query.head + c]) * query.scale : 0.0f; };
+
+        if (item.from == NONE) {
+            for (int i = threadIdx.x; i < QUERIES * DIM; i += WARPS * 32) shared.q[i % DIM][i / DIM] = number(i / DIM, i % DIM);
+            __syncthreads();
+            window(l, row, head, query.softcap, shared, warp, lane);
+        } else {
+            float q[PER][4];
+#pragma unroll
+            for (int j = 0; j < PER; ++j)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) q[j][i] = number(lane / (DIM / 4) * PER + j, lane % (DIM / 4) * 4 + i);
+            Softmax s;
+            pages(l, tables + row.table, item, head, query.softcap, q, shared.warp[warp], warp, lane, s);
+            for (int h = 4; h < 32; h *= 2) {
+                s.sum += __shfl_xor_sync(~0u, s.sum, h);
+                s.base += __shfl_xor_sync(~0u, s.base, h);
+            }
+            float* to = reinterpret_cast<float*>(shared.warp[warp].ring) + lane % 4 * DIM;
+#pragma unroll
+            for (int o = 0; o < V::OUT; ++o) to[V::element(o, lane / 4)] = s.out[o] + s.base;
+            if (lane < QUERIES) shared.max[warp][lane] = s.max;
+            if (lane < QUERIES) shared.sum[warp][lane] = s.sum;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < queries * DIM; i += WARPS * 32) {
+            const int j = i / DIM, c = i % DIM;
+            float max = shared.max[0][j], sum = 0.0f, out = 0.0f;
+            for (int w = 1; w < WARPS; ++w) max = fmaxf(max, shared.max[w][j]);
+            for (int w = 0; w < WARPS; ++w) {
+                const float weight = exp2f(shared.max[w][j] - max);
+                sum += shared.sum[w][j] * weight;
+                out += reinterpret_cast<const float*>(shared.warp[w].ring)[i] * weight;
+            }
+            float* to = query.sums +
+                        (static_cast<size_t>(blockIdx.x) * query.num_heads + head * ratio + first + j) * (2 + DIM);
+            if (c == 0) to[0] = max;
+            if (c == 0) to[1] = sum;
+            to[2 + c] = out;
+        }
+    }
+};
+
+}  // namespace ott
+
+#define OTT_DECODE_MMA(name, E, DIM, KB, VB)                                                                     \
+    extern "C" __global__ void __launch_bounds__(128, 3) name(                                                   \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, ott::Query query) {  \
+        extern __shared__ __align__(128) uint8_t shared[];                                                       \
+        using Kernel = ott::Kernel<E, DIM, KB, VB>;                                                              \
+        Kernel::run(l, rows, tables, items, query, *reinterpret_cast<Kernel::Shared*>(shared));                  \
+    }                                                                                                            \
+    /* Bytes of shared memory that a launch asks for. */                                                         \
+    extern "C" __device__ uint32_t name##_shared = sizeof(ott::Kernel<E, DIM, KB, VB>::Shared);
+
+#define OTT_DECODE_MMA_BITS(suffix, E, DIM)                          \
+    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_2_2, E, DIM, 2, 2) \
+    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_3_2, E, DIM, 3, 2) \
+    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_3_3, E, DIM, 3, 3) \
+    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_4_2, E, DIM, 4, 2) \
+    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_4_4, E, DIM, 4, 4)
+
+OTT_DECODE_MMA_BITS(f16, __half, 64)
+OTT_DECODE_MMA_BITS(f16, __half, 128)
+OTT_DECODE_MMA_BITS(bf16, __nv_bfloat16, 64)
+OTT_DECODE_MMA_BITS(bf16, __nv_bfloat16, 128)

@@ -1,0 +1,304 @@
+// Seal the groups that leave the window: trace, then quantize. Bit for bit what the CPU's scalar code makes
+// (docs/layout.md, "Equal bits"): compiled without contraction, sums in the same lanes, true divisions.
+#include "cache.cuh"
+
+namespace ott {
+
+constexpr int LANES = 16;
+constexpr int MAX_GROUP = 128;
+constexpr int MAX_POOL = 16;
+constexpr int CLIP_STEPS = 7;
+
+// Lanes 0 .. h take lanes h .. 2h: the same tree as on the CPU. `lane` of 16, all of a half warp take part.
+__device__ inline float lane_sum(float x) {
+    for (int h = LANES / 2; h > 0; h /= 2) x = x + __shfl_down_sync(~0u, x, h, LANES);
+    return __shfl_sync(~0u, x, 0, LANES);
+}
+
+// Magnitude of a key, by one thread: 16 lanes as registers.
+template <class E>
+__device__ float l1_norm(const E* x, int n) {
+    float lane[LANES] = {};
+    int c = 0;
+    for (; c + LANES <= n; c += LANES)
+#pragma unroll
+        for (int i = 0; i < LANES; ++i) lane[i] += fabsf(to_float(x[c + i]));
+#pragma unroll
+    for (int i = 0; i < LANES; ++i)
+        if (c + i < n) lane[i] += fabsf(to_float(x[c + i]));
+#pragma unroll
+    for (int h = LANES / 2; h > 0; h /= 2)
+#pragma unroll
+        for (int i = 0; i < h; ++i) lane[i] += lane[i + h];
+    return lane[0];
+}
+
+// Which tokens of each group are traced (ott-backend/src/cache/trace.rs), one block for a row's head: groups follow
+// each other. Writes the trace section of each page and keeps the tokens.
+// grid (kv_heads, rows), 128 threads
+template <class E>
+__device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k, Fresh v) {
+    __shared__ float magnitude[MAX_GROUP];
+    __shared__ float pool[MAX_POOL], next_pool[MAX_POOL];
+    __shared__ uint32_t place[MAX_POOL];
+    __shared__ int displaced, extra, tracing;
+    __shared__ uint8_t wins[MAX_GROUP];
+    const Row& row = rows[blockIdx.y];
+    const int head = blockIdx.x, t = threadIdx.x, group = l.group, n = l.outliers;
+    if (n == 0 || row.sealed_before >= row.sealed) return;
+    const PageLayout layout = page_layout(l);
+    const uint32_t* table = tables + row.table;
+
+    if (row.sealed_before > 0) {
+        const uint8_t* before = head_part(l, table[row.sealed_before - 1], head, layout.head_bytes) + layout.trace;
+        if (t < n) pool[t] = reinterpret_cast<const float*>(before)[t];
+        if (t == 0) extra = before[5 * n];
+    } else {
+        if (t < n) pool[t] = INFINITY;
+        if (t == 0) extra = 0;
+    }
+    for (uint32_t g = row.sealed_before; g < row.sealed; ++g) {
+        if (t < group) {
+            Token<E> token = unsealed<E>(l, row, k, v, blockIdx.y, head, g * group + t);
+            magnitude[t] = l1_norm(token.k, l.k_dim);
+            if (!isfinite(magnitude[t])) *l.status = 1;
+        }
+        if (t == 0) displaced = 0;
+        if (t < n) place[t] = NONE;
+        __syncthreads();
+        // Rank among members and tokens; of equals the older is before, a member before a token.
+        int rank = 0;
+        const float mine = t < group ? magnitude[t] : 0.0f;
+        for (int i = 0; i < n; ++i) rank += pool[i] <= mine;
+        for (int i = 0; i < group; ++i) rank += magnitude[i] < mine || (magnitude[i] == mine && i < t);
+        const bool win = t < group && rank < n;
+        int member_rank = n;
+        if (t < n && isfinite(pool[t])) {
+            member_rank = t;
+            for (int i = 0; i < group; ++i) member_rank += magnitude[i] < pool[t];
+            if (member_rank >= n) atomicAdd(&displaced, 1);
+        }
+        __syncthreads();
+        if (t == 0) {
+            if (extra != STOPPED && extra + displaced > static_cast<int>(l.extra)) extra = STOPPED;
+            tracing = extra != STOPPED;
+            if (tracing) extra += displaced;
+        }
+        if (t < n) next_pool[t] = INFINITY;
+        __syncthreads();
+        if (t < group) wins[t] = tracing && win;
+        if (tracing) {
+            if (win) next_pool[rank] = mine;
+            if (t < n && member_rank < n) next_pool[member_rank] = pool[t];
+        }
+        __syncthreads();
+        if (tracing && t < n) pool[t] = next_pool[t];
+
+        uint8_t* page = head_part(l, table[g], head, layout.head_bytes) + layout.trace;
+        uint8_t* slots = page + 4 * n;
+        uint32_t* places = l.places + (static_cast<size_t>(table[g]) * l.kv_heads + head) * n;
+        int order = 0, count = 0;
+        for (int i = 0; i < group; ++i) {
+            order += wins[i] && i < t;
+            count += wins[i];
+        }
+        if (t < n) {
+            reinterpret_cast<float*>(page)[t] = pool[t];
+            if (t >= count) slots[t] = NO_SLOT;
+            if (t < count) place[t] = l.free[atomicSub(l.free_len, 1) - 1];
+            places[t] = place[t];
+        }
+        if (t == 0) page[5 * n] = static_cast<uint8_t>(extra);
+        // Padding is zero: a page is compared byte by byte.
+        if (static_cast<size_t>(5 * n + 1 + t) < layout.head_bytes - layout.trace) page[5 * n + 1 + t] = 0;
+        __syncthreads();
+        if (t < group && wins[t]) {
+            slots[order] = static_cast<uint8_t>(t);
+            Token<E> from = unsealed<E>(l, row, k, v, blockIdx.y, head, g * group + t);
+            Token<E> to = traced<E>(l, place[order]);
+            for (uint32_t c = 0; c < l.k_dim; ++c) const_cast<E*>(to.k)[c] = from.k[c];
+            for (uint32_t c = 0; c < l.v_dim; ++c) const_cast<E*>(to.v)[c] = from.v[c];
+        }
+        __syncthreads();
+    }
+}
+
+struct Affine {
+    __half scale, min;
+};
+
+__device__ inline Affine affine_over(float low, float high, float levels) {
+    return {__float2half_rn(__fdiv_rn(high - low, levels)), __float2half_rn(low + 0.0f)};
+}
+
+__device__ inline float code_of(float x, float scale, float min, float levels) {
+    return fminf(fmaxf(rintf(__fdiv_rn(x - min, scale)), 0.0f), levels);
+}
+
+// Weighted squared error of one lane's numbers.
+template <int N>
+__device__ float lane_error(const float (&x)[N], uint32_t traced, int count, Affine a, float levels) {
+    const float scale = __half2float(a.scale), min = __half2float(a.min);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        if (i >= count) break;
+        const float back = scale == 0.0f ? min : code_of(x[i], scale, min, levels) * scale + min;
+        const float weight = traced >> i & 1 ? 0.0f : 1.0f;
+        sum += weight * ((x[i] - back) * (x[i] - back));
+    }
+    return sum;
+}
+
+// One group by a half warp: lane `i` holds numbers i, i + 16, ... Writes codes, returns scale and min.
+__device__ Affine quantize_group(const float (&x)[MAX_GROUP / LANES], uint32_t traced, int n, int lane, int bits,
+                                 bool clip, uint8_t* codes, uint32_t* status) {
+    const float levels = static_cast<float>((1 << bits) - 1);
+    const int count = (n - lane + LANES - 1) / LANES;
+    float low = INFINITY, high = -INFINITY;
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < MAX_GROUP / LANES; ++i) {
+        if (i >= count) break;
+        low = fminf(low, x[i]);
+        high = fmaxf(high, x[i]);
+        finite &= isfinite(x[i]) != 0;
+    }
+    for (int h = LANES / 2; h > 0; h /= 2) {
+        low = fminf(low, __shfl_xor_sync(~0u, low, h, LANES));
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, h, LANES));
+    }
+    Affine best = affine_over(low, high, levels);
+    if (!finite || __hisinf(best.scale) || __hisinf(best.min) || __hisnan(best.scale)) *status = 1;
+    if (clip) {
+        float least = lane_sum(lane_error(x, traced, count, best, levels));
+        const float sixteenth = __fdiv_rn(high - low, 16.0f);
+        for (int i = 0; i < CLIP_STEPS; ++i)
+            for (int j = 0; j < CLIP_STEPS; ++j) {
+                const Affine a = affine_over(low + sixteenth * static_cast<float>(i),
+                                             high - sixteenth * static_cast<float>(j), levels);
+                const float error = lane_sum(lane_error(x, traced, count, a, levels));
+                if (error < least) {
+                    least = error;
+                    best = a;
+                }
+            }
+    }
+    const float scale = __half2float(best.scale), min = __half2float(best.min);
+#pragma unroll
+    for (int i = 0; i < MAX_GROUP / LANES; ++i) {
+        if (i >= count) break;
+        codes[lane + i * LANES] =
+            scale == 0.0f ? 0 : static_cast<uint8_t>(code_of(x[i], scale, min, levels));
+    }
+    return best;
+}
+
+// What replaces channel `c` of the traced tokens: the mean of the others, in order, within their range.
+template <class Number>
+__device__ float mean_of_others(const uint8_t* slots, int traced, int group, Number number) {
+    float sum = 0.0f, low = INFINITY, high = -INFINITY;
+    for (int t = 0, next = 0; t < group; ++t) {
+        if (next < traced && slots[next] == t) {
+            ++next;
+            continue;
+        }
+        const float x = number(t);
+        sum += x;
+        low = fminf(low, x);
+        high = fmaxf(high, x);
+    }
+    return fminf(fmaxf(__fdiv_rn(sum, static_cast<float>(group - traced)), low), high);
+}
+
+// Keys of a channel by one half warp, then values of a token by one half warp.
+// grid (ceil((k_dim + group) / 8), kv_heads, groups), 128 threads: 8 half warps
+// `groups`: (row, group of the row) of each group to seal
+template <class E>
+__device__ void quantize(Layer l, const Row* rows, const uint32_t* tables, const uint2* groups, Fresh k, Fresh v) {
+    __shared__ uint8_t codes[8][MAX_GROUP];
+    const uint2 where = groups[blockIdx.z];
+    const Row& row = rows[where.x];
+    const int head = blockIdx.y, half = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int group = l.group, start = where.y * group, item = blockIdx.x * 8 + half;
+    const PageLayout layout = page_layout(l);
+    uint8_t* page = head_part(l, tables[row.table + where.y], head, layout.head_bytes);
+    const uint8_t* slots = page + layout.trace + 4 * l.outliers;
+    int traced_count = 0;
+    while (traced_count < static_cast<int>(l.outliers) && slots[traced_count] != NO_SLOT) ++traced_count;
+    auto token = [&](int t) { return unsealed<E>(l, row, k, v, where.x, head, start + t); };
+    auto is_traced = [&](int t) {
+        for (int i = 0; i < traced_count; ++i)
+            if (slots[i] == t) return true;
+        return false;
+    };
+    uint8_t* mine = codes[half];
+    float x[MAX_GROUP / LANES] = {};
+
+    // Half warps of one warp may do different things, but each goes through all shuffles.
+    const bool is_key = item < static_cast<int>(l.k_dim), is_value = !is_key && item < static_cast<int>(l.k_dim) + group;
+    if (is_key) {
+        const int c = item;
+        uint32_t mask = 0;
+        float mean = 0.0f;
+        if (traced_count > 0)
+            mean = mean_of_others(slots, traced_count, group, [&](int t) { return to_float(token(t).k[c]); });
+#pragma unroll
+        for (int i = 0; i < MAX_GROUP / LANES; ++i) {
+            const int t = lane + i * LANES;
+            if (t >= group) break;
+            const bool out = is_traced(t);
+            mask |= static_cast<uint32_t>(out) << i;
+            x[i] = out ? mean : to_float(token(t).k[c]);
+        }
+        const Affine a = quantize_group(x, mask, group, lane, l.k_bits, l.clip != 0, mine, l.status);
+        __syncwarp();
+        const int bytes = packed_len(group, l.k_bits);
+        for (int j = lane; j < bytes; j += LANES)
+            page[layout.k_codes + c * bytes + j] = packed_byte(mine, group, l.k_bits, j);
+        if (lane == 0) {
+            reinterpret_cast<__half*>(page + layout.k_scale)[c] = a.scale;
+            reinterpret_cast<__half*>(page + layout.k_min)[c] = a.min;
+        }
+    } else if (is_value) {
+        const int t = item - l.k_dim;
+        const bool out = is_traced(t);
+        const int token_bytes = packed_len(l.v_dim, l.v_bits);
+        for (int from = 0, g = 0; from < static_cast<int>(l.v_dim); from += V_GROUP, ++g) {
+            const int width = min(V_GROUP, static_cast<int>(l.v_dim) - from);
+#pragma unroll
+            for (int i = 0; i < MAX_GROUP / LANES; ++i) {
+                const int c = from + lane + i * LANES;
+                if (lane + i * LANES >= width) break;
+                x[i] = out ? mean_of_others(slots, traced_count, group, [&](int u) { return to_float(token(u).v[c]); })
+                           : to_float(token(t).v[c]);
+            }
+            const Affine a = quantize_group(x, 0, width, lane, l.v_bits, false, mine, l.status);
+            __syncwarp();
+            uint8_t* packed = page + layout.v_codes + t * token_bytes + packed_len(from, l.v_bits);
+            for (int j = lane; j < packed_len(width, l.v_bits); j += LANES)
+                packed[j] = packed_byte(mine, width, l.v_bits, j);
+            if (lane == 0) {
+                reinterpret_cast<__half*>(page + layout.v_scale)[g * group + t] = a.scale;
+                reinterpret_cast<__half*>(page + layout.v_min)[g * group + t] = a.min;
+            }
+            __syncwarp();
+        }
+    }
+}
+
+}  // namespace ott
+
+#define OTT_SEAL(suffix, E)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(128) ott_trace_##suffix(                                     \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, ott::Fresh k, ott::Fresh v) {             \
+        ott::trace<E>(l, rows, tables, k, v);                                                                 \
+    }                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(128) ott_quantize_##suffix(                                  \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const uint2* groups, ott::Fresh k,        \
+        ott::Fresh v) {                                                                                       \
+        ott::quantize<E>(l, rows, tables, groups, k, v);                                                      \
+    }
+OTT_SEAL(f16, __half)
+OTT_SEAL(bf16, __nv_bfloat16)
+OTT_SEAL(f32, float)

@@ -1,0 +1,122 @@
+//! What kernels take: `cuda/cache.cuh` and `cuda/attend.cuh`, field by field. Addresses are the device's.
+
+/// Most chunks of one row's window.
+pub const WINDOW_CHUNKS: usize = 8;
+/// No chunk, no place, no page.
+pub const NONE: u32 = u32::MAX;
+
+/// One sequence in one step.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// Tokens stored before this step.
+    pub past: u32,
+    /// Tokens of this step.
+    pub fresh: u32,
+    /// Pages before this step.
+    pub sealed_before: u32,
+    /// Pages after it.
+    pub sealed: u32,
+    /// Where its block ids begin.
+    pub table: u32,
+    /// Chunks of the window from its first block on, before this step.
+    pub chunk_before: [u32; WINDOW_CHUNKS],
+    /// And after it.
+    pub chunk: [u32; WINDOW_CHUNKS],
+}
+
+/// One layer's memory and shape.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Layer {
+    /// `(num_blocks, kv_heads, head_bytes)`.
+    pub pages: u64,
+    /// `(chunks, kv_heads, keys (32, k_dim) then values (32, v_dim))`.
+    pub staging: u64,
+    /// `(places, key (k_dim) then value (v_dim))`.
+    pub traced: u64,
+    /// `(num_blocks, kv_heads, outliers)`.
+    pub places: u64,
+    /// Stack of free places.
+    pub free: u64,
+    /// Its length.
+    pub free_len: u64,
+    /// 1 once a number could not be quantized.
+    pub status: u64,
+    /// Key/value heads.
+    pub kv_heads: u32,
+    /// Channels of a key.
+    pub k_dim: u32,
+    /// Channels of a value.
+    pub v_dim: u32,
+    /// Tokens of a page.
+    pub group: u32,
+    /// Bits of a key code.
+    pub k_bits: u32,
+    /// Bits of a value code.
+    pub v_bits: u32,
+    /// Members of the outlier pool.
+    pub outliers: u32,
+    /// Places of the extra store.
+    pub extra: u32,
+    /// Whether key ranges are searched.
+    pub clip: u32,
+}
+
+/// New keys or values: strides in numbers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Fresh {
+    /// The first row's first head's first token.
+    pub data: u64,
+    /// From a row to the next.
+    pub row: i64,
+    /// From a head to the next.
+    pub head: i64,
+    /// From a token to the next.
+    pub token: i64,
+}
+
+/// A part of one row's context: pages `from..to`, or the window if `from` is [`NONE`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// The row.
+    pub row: u32,
+    /// First page.
+    pub from: u32,
+    /// End of the pages.
+    pub to: u32,
+}
+
+/// A pair: items of a row (first, end), or a group to seal (row, group).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pair {
+    /// First, or row.
+    pub a: u32,
+    /// End, or group.
+    pub b: u32,
+}
+
+/// One attention call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Query {
+    /// `(rows, num_heads, k_dim)`.
+    pub q: u64,
+    /// From a row to the next.
+    pub row: i64,
+    /// From a head to the next.
+    pub head: i64,
+    /// `(rows, num_heads, v_dim)`.
+    pub out: u64,
+    /// `(items, num_heads, 2 + v_dim)` f32.
+    pub sums: u64,
+    /// Query heads.
+    pub num_heads: u32,
+    /// Factor on scores, times log2(e).
+    pub scale: f32,
+    /// 0: none.
+    pub softcap: f32,
+}

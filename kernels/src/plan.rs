@@ -1,0 +1,188 @@
+//! A step's tables, made once on the host and shared by all layers: what is sealed, where the window lies, and which
+//! block of threads attends to which part of the context.
+
+use crate::abi::{Item, Pair, Row, NONE, WINDOW_CHUNKS};
+
+/// Tokens of a chunk.
+pub const CHUNK: usize = 32;
+/// Warps of a block: pages that are worked on at once.
+const WARPS: usize = 4;
+
+/// One row as the host gives it, with what is known of its blocks.
+#[derive(Clone, Debug)]
+pub struct RowState<'a> {
+    /// Tokens stored.
+    pub past: usize,
+    /// Tokens of this step.
+    pub new: usize,
+    /// Block ids in order.
+    pub table: &'a [usize],
+    /// Pages before this step.
+    pub sealed_before: usize,
+    /// Pages after it.
+    pub sealed: usize,
+    /// Chunks of the window before the step, from its first block on.
+    pub chunks_before: Vec<u32>,
+    /// And after it.
+    pub chunks: Vec<u32>,
+}
+
+/// Tables of one step.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// By row.
+    pub rows: Vec<Row>,
+    /// Block ids of all rows.
+    pub tables: Vec<u32>,
+    /// Groups to seal: row, group.
+    pub groups: Vec<Pair>,
+    /// Parts of contexts.
+    pub items: Vec<Item>,
+    /// Items of each row.
+    pub of_row: Vec<Pair>,
+    /// Most new tokens of a row.
+    pub longest: usize,
+}
+
+impl Plan {
+    /// Plan a step for `lanes` blocks of threads per item (kv heads, times tiles of query heads) on a device that runs
+    /// `slots` of them at once.
+    pub fn new(rows: &[RowState<'_>], group: usize, lanes: usize, slots: usize) -> Self {
+        let mut plan = Self::default();
+        let pages: Vec<usize> = rows.iter().map(|row| row.sealed).collect();
+        let size = item_pages(&pages, lanes, slots);
+        for (r, row) in rows.iter().enumerate() {
+            let id = r as u32;
+            plan.rows.push(Row {
+                past: row.past as u32,
+                fresh: row.new as u32,
+                sealed_before: row.sealed_before as u32,
+                sealed: row.sealed as u32,
+                table: plan.tables.len() as u32,
+                chunk_before: padded(&row.chunks_before),
+                chunk: padded(&row.chunks),
+            });
+            plan.tables.extend(row.table.iter().map(|b| *b as u32));
+            let groups = row.sealed_before..row.sealed;
+            plan.groups
+                .extend(groups.map(|g| Pair { a: id, b: g as u32 }));
+            let first = plan.items.len() as u32;
+            if row.past + row.new > row.sealed * group {
+                plan.items.push(Item {
+                    row: id,
+                    from: NONE,
+                    to: NONE,
+                });
+            }
+            plan.items
+                .extend((0..row.sealed).step_by(size).map(|from| Item {
+                    row: id,
+                    from: from as u32,
+                    to: (from + size).min(row.sealed) as u32,
+                }));
+            plan.of_row.push(Pair {
+                a: first,
+                b: plan.items.len() as u32,
+            });
+            plan.longest = plan.longest.max(row.new);
+        }
+        plan
+    }
+}
+
+fn padded(chunks: &[u32]) -> [u32; WINDOW_CHUNKS] {
+    let mut all = [NONE; WINDOW_CHUNKS];
+    let len = chunks.len().min(WINDOW_CHUNKS);
+    all[..len].copy_from_slice(&chunks[..len]);
+    all
+}
+
+/// Pages of an item: as few rounds over the device as possible, each as short as possible.
+fn item_pages(pages: &[usize], lanes: usize, slots: usize) -> usize {
+    // What a block costs besides its pages, in rounds of `WARPS` pages: start, first bytes, result.
+    const OVERHEAD: usize = 2;
+    let longest = pages.iter().copied().max().unwrap_or(0).max(1);
+    let rounds = longest.div_ceil(WARPS);
+    let cost = |size: usize| {
+        let blocks: usize = pages.iter().map(|p| p.div_ceil(size * WARPS) + 1).sum();
+        (blocks * lanes).div_ceil(slots.max(1)) * (size + OVERHEAD)
+    };
+    let best = (1..=rounds).min_by_key(|size| cost(*size)).unwrap_or(1);
+    best * WARPS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_in_tables() {
+        let rows = [
+            RowState {
+                past: 400,
+                new: 1,
+                table: &[3, 4, 5, 6],
+                sealed_before: 2,
+                sealed: 2,
+                chunks_before: vec![7, 8, 9, 1, 2],
+                chunks: vec![7, 8, 9, 1, 2],
+            },
+            RowState {
+                past: 0,
+                new: 300,
+                table: &[1, 2, 9],
+                sealed_before: 0,
+                sealed: 2,
+                chunks_before: vec![],
+                chunks: vec![4, 5],
+            },
+        ];
+        let plan = Plan::new(&rows, 128, 8, 396);
+        assert_eq!(plan.tables, [3, 4, 5, 6, 1, 2, 9]);
+        assert_eq!(plan.rows[1].table, 4);
+        assert_eq!(plan.groups, [Pair { a: 1, b: 0 }, Pair { a: 1, b: 1 }]);
+        assert_eq!(plan.rows[0].chunk[..6], [7, 8, 9, 1, 2, NONE]);
+        assert_eq!(plan.of_row, [Pair { a: 0, b: 2 }, Pair { a: 2, b: 4 }]);
+        assert_eq!((plan.items[1].from, plan.items[1].to), (0, 2));
+        assert_eq!(plan.longest, 300);
+    }
+
+    #[test]
+    fn every_page_is_in_one_item() {
+        for (pages, slots) in [(1, 396), (63, 396), (256, 396), (1024, 132), (7, 1)] {
+            let rows = vec![
+                RowState {
+                    past: pages * 128,
+                    new: 1,
+                    table: &[],
+                    sealed_before: pages,
+                    sealed: pages,
+                    chunks_before: vec![],
+                    chunks: vec![0],
+                };
+                3
+            ];
+            let plan = Plan::new(&rows, 128, 8, slots);
+            for (row, of) in plan.of_row.iter().enumerate() {
+                let items = &plan.items[of.a as usize..of.b as usize];
+                let mut next = 0;
+                for item in items.iter().filter(|i| i.from != NONE) {
+                    assert_eq!((item.row as usize, item.from), (row, next));
+                    next = item.to;
+                }
+                assert_eq!(next as usize, pages);
+            }
+        }
+    }
+
+    #[test]
+    fn long_contexts_fill_the_device_in_whole_rounds() {
+        // 32 sequences of 256 pages and 8 heads on an H200: blocks come in whole waves.
+        let size = item_pages(&[256; 32], 8, 396);
+        let blocks = 32 * 8 * (256usize.div_ceil(size) + 1);
+        let waves = blocks as f64 / 396.0;
+        assert!(waves.ceil() / waves < 1.15, "{size} pages: {waves} waves");
+        // One sequence: every slot has something to do.
+        assert_eq!(item_pages(&[256], 8, 396), 8);
+    }
+}
