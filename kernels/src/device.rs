@@ -200,8 +200,11 @@ impl DeviceLayer {
         };
         let tuned = tuned(kernels, &spec, dtype)?;
         let per_multiprocessor = match &tuned {
-            Some((function, shared)) => function
-                .occupancy_max_active_blocks_per_multiprocessor(THREADS, *shared as usize, None)?,
+            Some((function, shared)) => function.occupancy_max_active_blocks_per_multiprocessor(
+                THREADS,
+                *shared as usize,
+                None,
+            )?,
             None => 8,
         };
         Ok(Self {
@@ -378,11 +381,7 @@ pub fn address<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> u64 {
 }
 
 /// The tensor-core kernel and its shared memory, if it serves this layer.
-fn tuned(
-    kernels: &Kernels,
-    spec: &LayerSpec,
-    dtype: Dtype,
-) -> Result<Option<(CudaFunction, u32)>> {
+fn tuned(kernels: &Kernels, spec: &LayerSpec, dtype: Dtype) -> Result<Option<(CudaFunction, u32)>> {
     let layout = &spec.layout;
     let (dim, bits) = (layout.k_dim, (layout.k_bits, layout.v_bits));
     let served = matches!(dim, 64 | 128)

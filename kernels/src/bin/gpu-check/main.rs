@@ -1,1 +1,35 @@
-fn main() {}
+//! Judges the CUDA kernels on the GPU at hand: first that they agree with the scalar code, then how fast they are.
+//!
+//! `gpu-check [--quick] [--out FILE.json]`; needs an NVIDIA driver and nothing else.
+
+mod conformance;
+mod paint;
+mod speed;
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use cudarc::driver::{CudaContext, CudaStream};
+use ott_kernels::device::Kernels;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let has = |name: &str| arguments.iter().any(|a| a == name);
+    let context = CudaContext::new(0).context("no NVIDIA GPU, or no driver, was found")?;
+    // SAFETY: everything runs on one stream, so nothing has to wait for an event.
+    unsafe { context.disable_event_tracking() };
+    let stream: Arc<CudaStream> = context.new_stream()?;
+    let kernels = Kernels::new(&stream)?;
+    println!("{}", context.name()?);
+    if !has("--speed-only") {
+        conformance::run(&kernels, has("--quick"))?;
+    }
+    if !has("--no-speed") {
+        let report = speed::run(&kernels, has("--quick"))?;
+        if let Some(at) = arguments.iter().position(|a| a == "--out") {
+            let path = arguments.get(at + 1).context("--out names a file")?;
+            std::fs::write(path, serde_json::to_string_pretty(&report)?)?;
+        }
+    }
+    Ok(())
+}

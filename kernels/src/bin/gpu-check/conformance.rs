@@ -1,0 +1,501 @@
+//! The kernels against the scalar code: pages byte for byte, traced tokens and the window bit for bit, attention within
+//! a budget.
+
+use std::sync::Arc;
+
+use anyhow::{ensure, Result};
+use half::{bf16, f16};
+use ott_backend::attention::{decode, Queries};
+use ott_backend::cache::{Cache, Element, LayerSpec, Row, Tokens};
+use ott_backend::{CpuOps, OttConfig, PageLayout};
+use ott_kernels::abi::{Fresh, Query, NONE};
+use ott_kernels::blocks::{Blocks, Step};
+use ott_kernels::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
+use ott_kernels::plan::Plan;
+
+use crate::paint::{keys, values, Noise};
+
+/// Largest difference allowed, relative to the row's largest number: the clear kernels add in f32 and round once; the
+/// tensor-core kernel has factors of 16 bits.
+const CLEAR: f64 = 6e-4;
+const TUNED: f64 = 1e-3;
+/// bf16 rounds results to 8 bits.
+const BF16: f64 = 5e-3;
+
+struct Case {
+    options: &'static str,
+    dim: usize,
+    kv_heads: usize,
+    ratio: usize,
+    softcap: f32,
+    /// Prompt lengths of the rows.
+    prompts: &'static [usize],
+    /// Decode steps after them.
+    steps: usize,
+}
+
+const CASES: [Case; 12] = [
+    Case {
+        options: "",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 4,
+        softcap: 0.0,
+        prompts: &[1, 159, 160, 1000, 3000],
+        steps: 4,
+    },
+    Case {
+        options: "paper",
+        dim: 64,
+        kv_heads: 3,
+        ratio: 3,
+        softcap: 0.0,
+        prompts: &[127, 128, 129, 700, 2500],
+        steps: 40,
+    },
+    Case {
+        options: "",
+        dim: 64,
+        kv_heads: 2,
+        ratio: 7,
+        softcap: 0.0,
+        prompts: &[31, 288, 1500],
+        steps: 3,
+    },
+    Case {
+        options: "bits=4",
+        dim: 128,
+        kv_heads: 1,
+        ratio: 8,
+        softcap: 0.0,
+        prompts: &[500, 1300],
+        steps: 3,
+    },
+    Case {
+        options: "bits=4",
+        dim: 64,
+        kv_heads: 2,
+        ratio: 1,
+        softcap: 0.0,
+        prompts: &[500, 1300],
+        steps: 3,
+    },
+    Case {
+        options: "bits=3",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 2,
+        softcap: 0.0,
+        prompts: &[900],
+        steps: 3,
+    },
+    Case {
+        options: "k_bits=3",
+        dim: 64,
+        kv_heads: 2,
+        ratio: 4,
+        softcap: 0.0,
+        prompts: &[900, 333],
+        steps: 3,
+    },
+    Case {
+        options: "k_bits=4",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 4,
+        softcap: 30.0,
+        prompts: &[900, 333],
+        steps: 3,
+    },
+    Case {
+        options: "outliers=0",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 4,
+        softcap: 0.0,
+        prompts: &[2000],
+        steps: 3,
+    },
+    Case {
+        options: "outliers=16,extra=40,exempt_layers=0",
+        dim: 64,
+        kv_heads: 2,
+        ratio: 4,
+        softcap: 0.0,
+        prompts: &[2000],
+        steps: 3,
+    },
+    Case {
+        options: "group=32,residual=32,bits=8",
+        dim: 96,
+        kv_heads: 2,
+        ratio: 2,
+        softcap: 0.0,
+        prompts: &[200, 77],
+        steps: 40,
+    },
+    Case {
+        options: "group=64",
+        dim: 256,
+        kv_heads: 1,
+        ratio: 2,
+        softcap: 20.0,
+        prompts: &[300],
+        steps: 3,
+    },
+];
+
+pub fn run(kernels: &Kernels, quick: bool) -> Result<()> {
+    for case in CASES.iter().take(if quick { 3 } else { CASES.len() }) {
+        check::<f16>(kernels, case, Dtype::F16)?;
+        check::<bf16>(kernels, case, Dtype::Bf16)?;
+        check::<f32>(kernels, case, Dtype::F32)?;
+    }
+    refuses_what_f16_cannot_hold(kernels)?;
+    println!("conformance: all cases agree");
+    Ok(())
+}
+
+/// A number as this device's type.
+trait Number: Element + cudarc::driver::DeviceRepr {
+    fn of(x: f32) -> Self;
+    fn wide(self) -> f32;
+}
+
+impl Number for f16 {
+    fn of(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Number for bf16 {
+    fn of(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+impl Number for f32 {
+    fn of(x: f32) -> Self {
+        x
+    }
+    fn wide(self) -> f32 {
+        self
+    }
+}
+
+/// A layer that traces, or would.
+fn spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
+    let config = OttConfig::parse(options)?;
+    Ok(LayerSpec {
+        layer: 5,
+        config,
+        layout: PageLayout::new(&config, 5, kv_heads, dim, dim)?,
+        ops: CpuOps::available()[0],
+    })
+}
+
+fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> {
+    let spec = spec(case.options, case.kv_heads, case.dim)?;
+    let (heads, dim, group) = (case.kv_heads, case.dim, spec.config.group_size);
+    let num_heads = heads * case.ratio;
+    let stream = kernels.stream();
+    let longest = |p: &usize| (p + case.steps).div_ceil(group);
+    let blocks: usize = 1 + case.prompts.iter().map(longest).sum::<usize>();
+    let chunks = case.prompts.len() * (group + spec.config.residual) / 32;
+    let cpu = Cache::<E>::new(vec![spec.clone()], blocks, case.prompts.len());
+    let gpu = DeviceLayer::new(kernels, spec.clone(), dtype, num_heads, blocks, chunks)?;
+    let mut states = Blocks::new(blocks, chunks, group, spec.config.residual);
+    // Blocks in a shuffled order.
+    let mut noise = Noise::new(case.dim as u64 + 7);
+    let mut ids: Vec<usize> = (1..blocks).collect();
+    for i in (1..ids.len()).rev() {
+        ids.swap(i, noise.below(i + 1));
+    }
+    let mut tables = Vec::new();
+    for prompt in case.prompts {
+        tables.push(ids.split_off(ids.len() - longest(prompt)));
+    }
+    let mut past = vec![0; case.prompts.len()];
+    let (mut worst, mut traced) = ([0f64; 2], 0);
+    for step in 0..=case.steps {
+        let new: Vec<usize> = match step {
+            0 => case.prompts.to_vec(),
+            _ => vec![1; past.len()],
+        };
+        let tokens = new.iter().copied().max().unwrap_or(0);
+        let paint = |noise: &mut Noise, is_key: bool| -> Vec<E> {
+            let of_row = |noise: &mut Noise| match is_key {
+                true => keys(noise, heads, tokens, dim),
+                false => values(noise, heads * tokens * dim),
+            };
+            let rows = (0..past.len()).flat_map(|_| of_row(noise));
+            rows.map(|x| E::of(x.to_f32())).collect()
+        };
+        let (k, v) = (paint(&mut noise, true), paint(&mut noise, false));
+        let q = values(&mut noise, past.len() * num_heads * dim);
+        let q: Vec<E> = q.into_iter().map(|x| E::of(x.to_f32())).collect();
+
+        let rows: Vec<Row<'_>> = (0..past.len())
+            .map(|r| Row {
+                seq: r,
+                past: past[r],
+                new: new[r],
+                table: &tables[r],
+            })
+            .collect();
+        cpu.begin(&rows)?;
+        let width = heads * tokens * dim;
+        for (r, row) in rows.iter().enumerate() {
+            let of_row = |x: &'_ [E]| x[r * width..(r + 1) * width].to_vec();
+            let (k, v) = (of_row(&k), of_row(&v));
+            cpu.append(
+                0,
+                row,
+                &Tokens::contiguous(&k, tokens, dim),
+                &Tokens::contiguous(&v, tokens, dim),
+            )?;
+        }
+
+        let steps: Vec<Step<'_>> = (0..past.len())
+            .map(|r| Step {
+                past: past[r],
+                new: new[r],
+                table: &tables[r],
+            })
+            .collect();
+        let states = states.begin(&steps)?;
+        let (lanes, slots) = gpu.lanes_and_slots();
+        let plan = DevicePlan::upload(&Plan::new(&states, group, lanes, slots), stream)?;
+        let (k, v) = (stream.clone_htod(&k)?, stream.clone_htod(&v)?);
+        let fresh = |data| Fresh {
+            data,
+            row: width as i64,
+            head: (tokens * dim) as i64,
+            token: dim as i64,
+        };
+        gpu.append(
+            &plan,
+            fresh(address(&k, stream)),
+            fresh(address(&v, stream)),
+        )?;
+        gpu.check()?;
+
+        if step > 0 {
+            let scale = 1.0 / (dim as f32).sqrt();
+            let wide: Vec<f32> = q.iter().map(|x| x.wide() * scale).collect();
+            let softcap = (case.softcap > 0.0).then_some(case.softcap);
+            let queries = Queries {
+                q: &wide,
+                num_heads,
+                tokens: 1,
+                softcap,
+            };
+            let mut expected = vec![0f32; q.len()];
+            decode(&*cpu.layer(0)?, &rows, &queries, &mut expected);
+            let device_q = stream.clone_htod(&q)?;
+            let out = stream.clone_htod(&vec![E::of(f32::NAN); q.len()])?;
+            let sums =
+                stream.clone_htod(&vec![f32::NAN; plan.num_items * num_heads * (2 + dim)])?;
+            let query = Query {
+                q: address(&device_q, stream),
+                row: (num_heads * dim) as i64,
+                head: dim as i64,
+                out: address(&out, stream),
+                sums: address(&sums, stream),
+                num_heads: num_heads as u32,
+                scale: scale * std::f32::consts::LOG2_E,
+                softcap: case.softcap,
+            };
+            for (kind, tuned) in [(0, false), (1, true)] {
+                if tuned && !gpu.is_tuned() {
+                    continue;
+                }
+                gpu.decode(&plan, query, tuned)?;
+                let found = stream.clone_dtoh(&out)?;
+                for (e, f) in expected.chunks(dim).zip(found.chunks(dim)) {
+                    let largest = e.iter().fold(0f32, |m, x| m.max(x.abs()));
+                    for (e, f) in e.iter().zip(f) {
+                        let error = f64::from((e - f.wide()).abs() / largest);
+                        ensure!(!error.is_nan(), "an output is not a number");
+                        worst[kind] = worst[kind].max(error);
+                    }
+                }
+            }
+        }
+        past.iter_mut()
+            .zip(&new)
+            .for_each(|(past, new)| *past += new);
+        if step == 0 || step == case.steps {
+            traced = same_pages(&cpu, &gpu, &tables, stream)?;
+            same_past(
+                &cpu,
+                &gpu,
+                &mut self::states(&states, &past, &tables),
+                &past,
+                &tables,
+                stream,
+                group,
+            )?;
+        }
+    }
+    println!(
+        "{:40} head {:3} gqa {} {:?}: pages equal, {traced:3} traced, error {:.1e} clear, {:.1e} tensor cores",
+        case.options, dim, case.ratio, dtype, worst[0], worst[1]
+    );
+    let slack = if dtype == Dtype::Bf16 { BF16 } else { 0.0 };
+    ensure!(
+        worst[0] <= CLEAR + slack,
+        "the clear kernel is off by {}",
+        worst[0]
+    );
+    ensure!(
+        worst[1] <= TUNED + slack,
+        "the tensor-core kernel is off by {}",
+        worst[1]
+    );
+    Ok(())
+}
+
+/// Rows that bring nothing: for reading what is stored.
+fn states<'a>(
+    after: &[ott_kernels::plan::RowState<'_>],
+    past: &[usize],
+    tables: &'a [Vec<usize>],
+) -> Vec<ott_kernels::plan::RowState<'a>> {
+    let rows = after.iter().zip(past).zip(tables);
+    rows.map(|((row, past), table)| ott_kernels::plan::RowState {
+        past: *past,
+        new: 0,
+        table,
+        sealed_before: row.sealed,
+        sealed: row.sealed,
+        chunks_before: row.chunks.clone(),
+        chunks: row.chunks.clone(),
+    })
+    .collect()
+}
+
+/// Pages byte for byte and traced tokens bit for bit; how many there are.
+fn same_pages<E: Number>(
+    cpu: &Cache<E>,
+    gpu: &DeviceLayer,
+    tables: &[Vec<usize>],
+    stream: &Arc<cudarc::driver::CudaStream>,
+) -> Result<usize> {
+    let layer = cpu.layer(0)?;
+    let layout = &layer.spec().layout;
+    let pages = stream.clone_dtoh(&gpu.pages)?;
+    let (places, bytes) = gpu.traced_bytes()?;
+    let size = size_of::<E>();
+    let mut count = 0;
+    for &block in tables.iter().flatten() {
+        let Some(expected) = layer.page(block) else {
+            continue;
+        };
+        let found = &pages[block * expected.len()..(block + 1) * expected.len()];
+        if let Some(at) = (0..expected.len()).find(|i| expected[*i] != found[*i]) {
+            anyhow::bail!(
+                "block {block} differs at byte {at} of {} a head: {} and {}",
+                layout.head_bytes,
+                expected[at],
+                found[at]
+            );
+        }
+        for head in 0..layout.num_kv_heads {
+            for (i, _) in layer.head(block, head).traced().iter().enumerate() {
+                let place = places[(block * layout.num_kv_heads + head) * layout.outliers + i];
+                ensure!(place != NONE, "a traced token has a place");
+                let width = layout.k_dim + layout.v_dim;
+                let found = &bytes[place as usize * width * size..][..width * size];
+                let (k, v) = layer.traced(block, head, i);
+                let numbers = k.iter().chain(v).map(|x| x.wide());
+                let found = found.chunks_exact(size).map(|b| match size {
+                    4 => f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+                    _ if is_bf16::<E>() => bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+                    _ => f16::from_le_bytes([b[0], b[1]]).to_f32(),
+                });
+                ensure!(numbers.eq(found), "a traced token differs");
+                count += 1;
+            }
+        }
+    }
+    Ok(count)
+}
+
+fn is_bf16<E: 'static>() -> bool {
+    std::any::TypeId::of::<E>() == std::any::TypeId::of::<bf16>()
+}
+
+/// All that is stored, read back as numbers.
+fn same_past<E: Number>(
+    cpu: &Cache<E>,
+    gpu: &DeviceLayer,
+    states: &mut [ott_kernels::plan::RowState<'_>],
+    past: &[usize],
+    tables: &[Vec<usize>],
+    stream: &Arc<cudarc::driver::CudaStream>,
+    group: usize,
+) -> Result<()> {
+    let (lanes, slots) = gpu.lanes_and_slots();
+    let plan = DevicePlan::upload(&Plan::new(states, group, lanes, slots), stream)?;
+    let layer = cpu.layer(0)?;
+    for (r, past) in past.iter().enumerate() {
+        let row = Row {
+            seq: r,
+            past: *past,
+            new: 0,
+            table: &tables[r],
+        };
+        let (k, v) = layer.gather(&row)?;
+        let nan = |len: usize| stream.clone_htod(&vec![E::of(f32::NAN); len]);
+        let (found_k, found_v) = (nan(k.len())?, nan(v.len())?);
+        let (to_k, to_v) = (address(&found_k, stream), address(&found_v, stream));
+        gpu.gather(&plan, r as u32, *past as u32, to_k, to_v)?;
+        for (expected, found) in [(k, found_k), (v, found_v)] {
+            let found = stream.clone_dtoh(&found)?;
+            let same = expected
+                .iter()
+                .zip(&found)
+                .all(|(e, f)| e.wide() == f.wide());
+            ensure!(same, "the past of row {r} reads differently");
+        }
+    }
+    Ok(())
+}
+
+fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
+    for (bad, tokens) in [(f32::NAN, 200), (1e6, 200), (f32::INFINITY, 5)] {
+        let spec = spec("", 1, 64)?;
+        let stream = kernels.stream();
+        let gpu = DeviceLayer::new(kernels, spec, Dtype::F32, 1, 4, 10)?;
+        let mut states = Blocks::new(4, 10, 128, 32);
+        let step = Step {
+            past: 0,
+            new: tokens,
+            table: &[1, 2, 3],
+        };
+        let states = states.begin(&[step])?;
+        let plan = DevicePlan::upload(&Plan::new(&states, 128, 1, 100), stream)?;
+        let mut numbers = vec![0.5f32; tokens * 64];
+        numbers[3 * 64 + 5] = bad;
+        let numbers = stream.clone_htod(&numbers)?;
+        let fresh = Fresh {
+            data: address(&numbers, stream),
+            row: 0,
+            head: 0,
+            token: 64,
+        };
+        gpu.append(&plan, fresh, fresh)?;
+        ensure!(
+            gpu.check().is_err(),
+            "{bad} among {tokens} tokens must be refused"
+        );
+    }
+    Ok(())
+}
