@@ -4,9 +4,9 @@
 
 namespace ott {
 
-// A part of one row's context: pages `from .. to`, or the window if `from` is NONE.
+// A part of one row's context: pages `from .. to`, or such tokens of the window.
 struct Item {
-    uint32_t row, from, to;
+    uint32_t row, window, from, to;
 };
 
 // One attention call. Scores are in units of log2: `scale` has log2(e) in it.
@@ -15,6 +15,7 @@ struct Query {
     int64_t row, head;
     void* out;               // (rows, num_heads, v_dim), contiguous
     float* sums;             // (items, num_heads, 2 + v_dim): maximum, sum, weighted values
+    uint32_t* arrived;       // (rows, kv_heads, tiles): items that are done; zero before and after
     uint32_t num_heads;
     float scale;
     float softcap;           // in the same units as scores without log2(e); 0: none

@@ -48,9 +48,9 @@ __device__ void decode(Layer l, const Row* rows, const uint32_t* tables, const I
         return capped(s, query.softcap);
     };
 
-    if (item.from == NONE) {
-        const int len = row.past + row.fresh - row.sealed * group;
-        for (int start = 0; start < len; start += THREADS) {
+    if (item.window) {
+        const int len = item.to;
+        for (int start = item.from; start < len; start += THREADS) {
             const int at = start + t;
             const float shrink = weigh(at < len ? dot(staged<E>(l, row.chunk, at, head).k) : -INFINITY);
             for (int c = t; c < v_dim; c += THREADS) {
@@ -62,7 +62,7 @@ __device__ void decode(Layer l, const Row* rows, const uint32_t* tables, const I
             __syncthreads();
         }
     }
-    for (uint32_t g = item.from; item.from != NONE && g < item.to; ++g) {
+    for (uint32_t g = item.from; !item.window && g < item.to; ++g) {
         const uint32_t block = tables[row.table + g];
         const uint8_t* page = head_part(l, block, head, layout.head_bytes);
         const uint8_t* slots = page + layout.trace + 4 * l.outliers;

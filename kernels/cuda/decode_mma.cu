@@ -6,6 +6,8 @@
 //
 // Bytes come as half pages (keys; values and trace) through a ring of 3 in shared memory, two on their way while one
 // is worked on.
+#include <type_traits>
+
 #include "attend.cuh"
 #include "codes.cuh"
 
@@ -100,6 +102,30 @@ __device__ inline float max_over_groups(float x) {
     return x;
 }
 
+// Two numbers in a register.
+template <class E>
+__device__ inline uint32_t pair_of(E a, E b) {
+    return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) |
+           static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
+}
+
+template <class E>
+__device__ inline void mma_number(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                  uint32_t b1) {
+    if constexpr (std::is_same_v<E, __half>)
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
 __device__ inline void four_halves(const uint8_t* at, float (&x)[4]) {
     const uint2 raw = *reinterpret_cast<const uint2*>(at);
     const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
@@ -127,7 +153,7 @@ struct Kernel {
         Warp warp[WARPS];
         // What each warp found: maximum, sum and weighted values by query.
         float max[WARPS][QUERIES], sum[WARPS][QUERIES];
-        float q[DIM][QUERIES];
+        uint32_t last;
     };
     // Weighted values by warp, in the place of the rings.
     static_assert(sizeof(float) * QUERIES * DIM <= sizeof(Warp::ring), "a warp's result fits its ring");
@@ -320,121 +346,170 @@ struct Kernel {
         for (int o = 0; o < V::OUT; ++o) s.out[o] = fmaf(p, to_float(token.v[V::element(o, lane / 4)]), s.out[o]);
     }
 
-    // The window, a chunk to a warp: a lane scores one token, then adds up 4 channels. Results go to `out`.
-    __device__ static void window(const Layer& l, const Row& row, int head, float softcap, Shared& shared, int warp,
-                                  int lane) {
-        const int len = row.past + row.fresh - row.sealed * GROUP;
-        float max[QUERIES], sum[QUERIES] = {}, out[QUERIES][DIM / 32] = {};
+    // Tokens of the window, 16 to a warp at a time, on tensor cores as numbers. Thread `t` of a quad takes 8 channels
+    // of keys side by side and the tokens 2t, 2t + 1, 2t + 8, 2t + 9 of values, so that all loads are 16 bytes wide.
+    // Weights are a high and a low part, as with codes. Results are those of channels 64u + 8g + i.
+    static constexpr int TILE = 16;
+
+    __device__ static void window(const Layer& l, const Row& row, const Item& item, int head, const Query& query,
+                                  const E* from, int queries, int warp, int lane, Softmax& s) {
+        const int g = lane / 4, t = lane % 4;
+        uint32_t q[DIM / 32][4] = {};
+        if (g % 2 == 0 && g / 2 < queries) {
 #pragma unroll
-        for (int j = 0; j < QUERIES; ++j) max[j] = -INFINITY;
-        float4* weights = reinterpret_cast<float4*>(shared.warp[warp].factors);
-        static_assert(FACTORS * 4 >= CHUNK * sizeof(float4), "the weights of a chunk fit");
-        for (int start = warp * CHUNK; start < len; start += WARPS * CHUNK) {
-            const int tokens = min(CHUNK, len - start);
-            const Token<E> first = staged<E>(l, row.chunk, start, head);
-            float score[QUERIES] = {};
-            const uint4* key = reinterpret_cast<const uint4*>(first.k + min(lane, tokens - 1) * DIM);
-#pragma unroll 4
-            for (int c = 0; c < DIM; c += 8) {
-                const uint4 raw = key[c / 8];
-                const E* x = reinterpret_cast<const E*>(&raw);
+            for (int i = 0; i < DIM / 32; ++i)
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const float4 q = *reinterpret_cast<const float4*>(shared.q[c + i]);
-                    const float k = to_float(x[i]);
-                    score[0] = fmaf(q.x, k, score[0]);
-                    score[1] = fmaf(q.y, k, score[1]);
-                    score[2] = fmaf(q.z, k, score[2]);
-                    score[3] = fmaf(q.w, k, score[3]);
+                for (int k = 0; k < 4; ++k) {
+                    const E* two = from + g / 2 * query.head + 32 * i + 8 * t + 2 * k;
+                    q[i][k] = pair_of(two[0], two[1]);
                 }
-            }
-#pragma unroll
-            for (int j = 0; j < QUERIES; ++j) {
-                score[j] = lane < tokens ? capped(score[j], softcap) : -INFINITY;
-                float top = score[j];
-                for (int h = 1; h < 32; h *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, h));
-                const float to = fmaxf(top, max[j]), shrink = exp2f(max[j] - to);
-                max[j] = to;
-                score[j] = exp2f(score[j] - to);
-                sum[j] = sum[j] * shrink + score[j];
-#pragma unroll
-                for (int i = 0; i < DIM / 32; ++i) out[j][i] *= shrink;
-            }
-            __syncwarp();
-            weights[lane] = make_float4(score[0], score[1], score[2], score[3]);
-            __syncwarp();
-#pragma unroll 4
-            for (int t = 0; t < tokens; ++t) {
-                const float4 p = weights[t];
-#pragma unroll
-                for (int i = 0; i < DIM / 32; ++i) {
-                    const float v = to_float(first.v[t * DIM + lane * (DIM / 32) + i]);
-                    out[0][i] = fmaf(p.x, v, out[0][i]);
-                    out[1][i] = fmaf(p.y, v, out[1][i]);
-                    out[2][i] = fmaf(p.z, v, out[2][i]);
-                    out[3][i] = fmaf(p.w, v, out[3][i]);
-                }
-            }
         }
-        float* to = reinterpret_cast<float*>(shared.warp[warp].ring);
+        for (int start = item.from + warp * TILE; start < static_cast<int>(item.to); start += WARPS * TILE) {
+            const int last = min(TILE, static_cast<int>(item.to) - start) - 1;
+            const Token<E> first = staged<E>(l, row.chunk, start, head);
+            uint4 key[DIM / 32][2], value[DIM / 64][4];
 #pragma unroll
-        for (int j = 0; j < QUERIES; ++j) {
-            for (int h = 1; h < 32; h *= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], h);
-            if (lane == 0) shared.max[warp][j] = max[j];
-            if (lane == 0) shared.sum[warp][j] = sum[j];
+            for (int i = 0; i < DIM / 32; ++i)
 #pragma unroll
-            for (int i = 0; i < DIM / 32; ++i) to[j * DIM + lane * (DIM / 32) + i] = out[j][i];
+                for (int h = 0; h < 2; ++h)
+                    key[i][h] = *reinterpret_cast<const uint4*>(first.k + min(g + 8 * h, last) * DIM + 32 * i + 8 * t);
+#pragma unroll
+            for (int u = 0; u < DIM / 64; ++u)
+#pragma unroll
+                for (int h = 0; h < 4; ++h) {
+                    const int token = min(2 * t + h % 2 + h / 2 * 8, last);
+                    value[u][h] = *reinterpret_cast<const uint4*>(first.v + token * DIM + 64 * u + 8 * g);
+                }
+            float c[4] = {};
+#pragma unroll
+            for (int i = 0; i < DIM / 32; ++i) {
+                mma_number<E>(c, key[i][0].x, key[i][1].x, key[i][0].y, key[i][1].y, q[i][0], q[i][1]);
+                mma_number<E>(c, key[i][0].z, key[i][1].z, key[i][0].w, key[i][1].w, q[i][2], q[i][3]);
+            }
+            // This thread's query, tokens g and g + 8.
+            const float low = g <= last ? capped(c[0] * query.scale, query.softcap) : -INFINITY;
+            const float high = g + 8 <= last ? capped(c[2] * query.scale, query.softcap) : -INFINITY;
+            const float max = max_over_groups(fmaxf(low, high));
+            if (max > s.max) s.raise(max);
+            const float p[2] = {exp2f(low - s.max), exp2f(high - s.max)};
+            s.sum += p[0] + p[1];
+            uint32_t b[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const float x = __shfl_sync(~0u, p[h], 8 * t + g / 2), y = __shfl_sync(~0u, p[h], 8 * t + 4 + g / 2);
+                const float x_high = to_float(from_float<E>(x)), y_high = to_float(from_float<E>(y));
+                b[h] = g % 2 ? pair_of(from_float<E>(x - x_high), from_float<E>(y - y_high))
+                             : pair_of(from_float<E>(x), from_float<E>(y));
+            }
+#pragma unroll
+            for (int u = 0; u < DIM / 64; ++u)
+#pragma unroll
+                for (int w = 0; w < 4; ++w) {
+                    const uint32_t x[4] = {(&value[u][0].x)[w], (&value[u][1].x)[w], (&value[u][2].x)[w],
+                                           (&value[u][3].x)[w]};
+                    float out[4] = {};
+                    mma_number<E>(out, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632),
+                                  __byte_perm(x[2], x[3], 0x5410), __byte_perm(x[2], x[3], 0x7632), b[0], b[1]);
+                    s.out[8 * u + 2 * w] += out[0] + out[1];
+                    s.out[8 * u + 2 * w + 1] += out[2] + out[3];
+                }
         }
     }
 
-    // grid (items, kv_heads, ceil(queries of a kv head / 4))
+    // grid (items, kv_heads, ceil(queries of a kv head / 4)). The block that comes last joins the items of its row.
     __device__ static void run(const Layer& l, const Row* rows, const uint32_t* tables, const Item* items,
-                               const Query& query, Shared& shared) {
+                               const uint2* of_row, const Query& query, Shared& shared) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
         const Item item = items[blockIdx.x];
         const Row& row = rows[item.row];
         const int ratio = query.num_heads / l.kv_heads, first = blockIdx.z * QUERIES;
         const int queries = min(QUERIES, ratio - first);
         const E* from = static_cast<const E*>(query.q) + item.row * query.row + (head * ratio + first) * query.head;
-        auto number = [&](int j, int c) { return j < queries ? to_float(from[j * query.head + c]) * query.scale : 0.0f; };
-
-        if (item.from == NONE) {
-            for (int i = threadIdx.x; i < QUERIES * DIM; i += WARPS * 32) shared.q[i % DIM][i / DIM] = number(i / DIM, i % DIM);
-            __syncthreads();
-            window(l, row, head, query.softcap, shared, warp, lane);
+        Softmax s;
+        if (item.window) {
+            window(l, row, item, head, query, from, queries, warp, lane, s);
         } else {
             float q[PER][4];
 #pragma unroll
             for (int j = 0; j < PER; ++j)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) q[j][i] = number(lane / (DIM / 4) * PER + j, lane % (DIM / 4) * 4 + i);
-            Softmax s;
+                for (int i = 0; i < 4; ++i) {
+                    const int of = lane / (DIM / 4) * PER + j, c = lane % (DIM / 4) * 4 + i;
+                    q[j][i] = of < queries ? to_float(from[of * query.head + c]) * query.scale : 0.0f;
+                }
             pages(l, tables + row.table, item, head, query.softcap, q, shared.warp[warp], warp, lane, s);
-            for (int h = 4; h < 32; h *= 2) {
-                s.sum += __shfl_xor_sync(~0u, s.sum, h);
-                s.base += __shfl_xor_sync(~0u, s.base, h);
-            }
-            float* to = reinterpret_cast<float*>(shared.warp[warp].ring) + lane % 4 * DIM;
-#pragma unroll
-            for (int o = 0; o < V::OUT; ++o) to[V::element(o, lane / 4)] = s.out[o] + s.base;
-            if (lane < QUERIES) shared.max[warp][lane] = s.max;
-            if (lane < QUERIES) shared.sum[warp][lane] = s.sum;
         }
+        for (int h = 4; h < 32; h *= 2) {
+            s.sum += __shfl_xor_sync(~0u, s.sum, h);
+            s.base += __shfl_xor_sync(~0u, s.base, h);
+        }
+        float* mine = reinterpret_cast<float*>(shared.warp[warp].ring) + lane % 4 * DIM;
+#pragma unroll
+        for (int o = 0; o < V::OUT; ++o)
+            mine[item.window ? o / 8 * 64 + lane / 4 * 8 + o % 8 : V::element(o, lane / 4)] = s.out[o] + s.base;
+        if (lane < QUERIES) shared.max[warp][lane] = s.max;
+        if (lane < QUERIES) shared.sum[warp][lane] = s.sum;
         __syncthreads();
+
+        const uint2 range = of_row[item.row];
+        const size_t stride = static_cast<size_t>(query.num_heads) * (2 + DIM);
+        float* sums = query.sums + static_cast<size_t>(head * ratio + first) * (2 + DIM);
+        E* out = static_cast<E*>(query.out) + (static_cast<size_t>(item.row) * query.num_heads + head * ratio + first) * DIM;
         for (int i = threadIdx.x; i < queries * DIM; i += WARPS * 32) {
             const int j = i / DIM, c = i % DIM;
-            float max = shared.max[0][j], sum = 0.0f, out = 0.0f;
+            float max = shared.max[0][j], sum = 0.0f, value = 0.0f;
             for (int w = 1; w < WARPS; ++w) max = fmaxf(max, shared.max[w][j]);
             for (int w = 0; w < WARPS; ++w) {
                 const float weight = exp2f(shared.max[w][j] - max);
                 sum += shared.sum[w][j] * weight;
-                out += reinterpret_cast<const float*>(shared.warp[w].ring)[i] * weight;
+                value += reinterpret_cast<const float*>(shared.warp[w].ring)[i] * weight;
             }
-            float* to = query.sums +
-                        (static_cast<size_t>(blockIdx.x) * query.num_heads + head * ratio + first + j) * (2 + DIM);
+            if (range.y - range.x == 1) {
+                out[i] = from_float<E>(value / sum);
+                continue;
+            }
+            float* to = sums + blockIdx.x * stride + j * (2 + DIM);
             if (c == 0) to[0] = max;
             if (c == 0) to[1] = sum;
-            to[2 + c] = out;
+            to[2 + c] = value;
+        }
+        if (range.y - range.x == 1) return;
+        __threadfence();
+        __syncthreads();
+        uint32_t* arrived = query.arrived + (item.row * gridDim.y + head) * gridDim.z + blockIdx.z;
+        if (threadIdx.x == 0) shared.last = atomicAdd(arrived, 1) == range.y - range.x - 1;
+        __syncthreads();
+        if (!shared.last) return;
+        __threadfence();
+        join(sums + range.x * stride, range.y - range.x, stride, queries, out, shared, warp, lane);
+        if (threadIdx.x == 0) *arrived = 0;
+    }
+
+    // Join `count` items of a row: a warp weighs one query's items, then each thread adds up channels.
+    __device__ static void join(const float* sums, int count, size_t stride, int queries, E* out, Shared& shared,
+                                int warp, int lane) {
+        float* weights = reinterpret_cast<float*>(shared.warp[0].ring);
+        if (warp < queries) {
+            const float* of = sums + warp * (2 + DIM);
+            float max = -INFINITY, sum = 0.0f;
+            for (int i = lane; i < count; i += 32) max = fmaxf(max, __ldcg(of + i * stride));
+            for (int h = 1; h < 32; h *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, h));
+            for (int i = lane; i < count; i += 32) {
+                const float weight = exp2f(__ldcg(of + i * stride) - max);
+                sum += __ldcg(of + i * stride + 1) * weight;
+                weights[i * QUERIES + warp] = weight;
+            }
+            for (int h = 1; h < 32; h *= 2) sum += __shfl_xor_sync(~0u, sum, h);
+            if (lane == 0) shared.sum[0][warp] = sum;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < queries * DIM; i += WARPS * 32) {
+            const int j = i / DIM;
+            const float* of = sums + j * (2 + DIM) + 2 + i % DIM;
+            float value = 0.0f;
+#pragma unroll 8
+            for (int n = 0; n < count; ++n) value = fmaf(weights[n * QUERIES + j], __ldcg(of + n * stride), value);
+            out[i] = from_float<E>(value / shared.sum[0][j]);
         }
     }
 };
@@ -443,10 +518,11 @@ struct Kernel {
 
 #define OTT_DECODE_MMA(name, E, DIM, KB, VB)                                                                     \
     extern "C" __global__ void __launch_bounds__(128, 3) name(                                                   \
-        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, ott::Query query) {  \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, const uint2* of_row,  \
+        ott::Query query) {                                                                                      \
         extern __shared__ __align__(128) uint8_t shared[];                                                       \
         using Kernel = ott::Kernel<E, DIM, KB, VB>;                                                              \
-        Kernel::run(l, rows, tables, items, query, *reinterpret_cast<Kernel::Shared*>(shared));                  \
+        Kernel::run(l, rows, tables, items, of_row, query, *reinterpret_cast<Kernel::Shared*>(shared));                  \
     }                                                                                                            \
     /* Bytes of shared memory that a launch asks for. */                                                         \
     extern "C" __device__ uint32_t name##_shared = sizeof(ott::Kernel<E, DIM, KB, VB>::Shared);

@@ -65,7 +65,8 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
         }
         if (t == 0) displaced = 0;
         if (t < n) place[t] = NONE;
-        __syncthreads();
+        // What has no magnitude has no rank: nothing of such a group is traced, and its request ends with an error.
+        const bool ranked = __syncthreads_and(t >= group || isfinite(magnitude[t]));
         // Rank among members and tokens; of equals the older is before, a member before a token.
         int rank = 0;
         const float mine = t < group ? magnitude[t] : 0.0f;
@@ -81,7 +82,7 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
         __syncthreads();
         if (t == 0) {
             if (extra != STOPPED && extra + displaced > static_cast<int>(l.extra)) extra = STOPPED;
-            tracing = extra != STOPPED;
+            tracing = ranked && extra != STOPPED;
             if (tracing) extra += displaced;
         }
         if (t < n) next_pool[t] = INFINITY;

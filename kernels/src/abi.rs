@@ -77,15 +77,17 @@ pub struct Fresh {
     pub token: i64,
 }
 
-/// A part of one row's context: pages `from..to`, or the window if `from` is [`NONE`].
+/// A part of one row's context: pages `from..to`, or such tokens of the window.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Item {
     /// The row.
     pub row: u32,
-    /// First page.
+    /// 1: of the window.
+    pub window: u32,
+    /// First page or token.
     pub from: u32,
-    /// End of the pages.
+    /// End.
     pub to: u32,
 }
 
@@ -113,6 +115,8 @@ pub struct Query {
     pub out: u64,
     /// `(items, num_heads, 2 + v_dim)` f32.
     pub sums: u64,
+    /// `(rows, kv_heads, tiles)`, zero before and after.
+    pub arrived: u64,
     /// Query heads.
     pub num_heads: u32,
     /// Factor on scores, times log2(e).

@@ -143,6 +143,7 @@ pub struct DevicePlan {
     groups: CudaSlice<Pair>,
     items: CudaSlice<Item>,
     of_row: CudaSlice<Pair>,
+    arrived: CudaSlice<u32>,
     num_groups: usize,
     /// Parts of contexts.
     pub num_items: usize,
@@ -151,11 +152,11 @@ pub struct DevicePlan {
 }
 
 impl DevicePlan {
-    /// Copy a plan to the device.
+    /// Copy a plan for `lanes` blocks of threads per item to the device.
     ///
     /// # Errors
     /// If the driver fails.
-    pub fn upload(plan: &Plan, stream: &Arc<CudaStream>) -> Result<Self> {
+    pub fn upload(plan: &Plan, lanes: usize, stream: &Arc<CudaStream>) -> Result<Self> {
         let nothing = [Pair { a: 0, b: 0 }];
         let groups = match plan.groups.is_empty() {
             true => &nothing[..],
@@ -167,6 +168,7 @@ impl DevicePlan {
             groups: stream.clone_htod(groups)?,
             items: stream.clone_htod(&plan.items)?,
             of_row: stream.clone_htod(&plan.of_row)?,
+            arrived: stream.alloc_zeros((plan.rows.len() * lanes).max(1))?,
             num_groups: plan.groups.len(),
             num_items: plan.items.len(),
             num_rows: plan.rows.len(),
@@ -292,21 +294,28 @@ impl DeviceLayer {
         let layout = &self.spec.layout;
         let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
         let kv_heads = layout.num_kv_heads as u32;
-        let (function, config) = match (&self.tuned_decode, tuned) {
-            (Some((function, shared)), true) => {
-                let tiles = heads.div_ceil(kv_heads).div_ceil(QUERIES as u32);
-                let config = LaunchConfig {
-                    shared_mem_bytes: *shared,
-                    ..grid(items, kv_heads, tiles)
-                };
-                (function, config)
-            }
-            _ => (&self.clear_decode, grid(items, heads, 1)),
-        };
-        let mut launch = self.stream.launch_builder(function);
+        if let (Some((function, shared)), true) = (&self.tuned_decode, tuned) {
+            let tiles = heads.div_ceil(kv_heads).div_ceil(QUERIES as u32);
+            let config = LaunchConfig {
+                shared_mem_bytes: *shared,
+                ..grid(items, kv_heads, tiles)
+            };
+            let query = Query {
+                arrived: address(&plan.arrived, &self.stream),
+                ..query
+            };
+            let mut launch = self.stream.launch_builder(function);
+            let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
+            let args = args.arg(&plan.items).arg(&plan.of_row).arg(&query);
+            // SAFETY: the arguments are the kernel's; the caller's `sums` has room for every item and head.
+            unsafe { args.launch(config) }?;
+            return Ok(());
+        }
+        let mut launch = self.stream.launch_builder(&self.clear_decode);
         let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
-        // SAFETY: the arguments are the kernel's; the caller's `sums` has room for every item and head.
-        unsafe { args.arg(&plan.items).arg(&query).launch(config) }?;
+        let args = args.arg(&plan.items).arg(&query);
+        // SAFETY: as above.
+        unsafe { args.launch(grid(items, heads, 1)) }?;
         let v_dim = layout.v_dim as u32;
         let mut launch = self.stream.launch_builder(&self.merge);
         let args = launch.arg(&plan.of_row).arg(&query).arg(&v_dim);

@@ -7,6 +7,8 @@ use crate::abi::{Item, Pair, Row, NONE, WINDOW_CHUNKS};
 pub const CHUNK: usize = 32;
 /// Warps of a block: pages that are worked on at once.
 const WARPS: usize = 4;
+/// Tokens of the window that a block reads at once.
+const WINDOW_ITEM: usize = 16 * WARPS;
 
 /// One row as the host gives it, with what is known of its blocks.
 #[derive(Clone, Debug)]
@@ -51,6 +53,11 @@ impl Plan {
         let mut plan = Self::default();
         let pages: Vec<usize> = rows.iter().map(|row| row.sealed).collect();
         let size = item_pages(&pages, lanes, slots);
+        // The window is cut for speed as long as there is room beside the pages.
+        let tokens = match rows.len() * lanes * (2 * group).div_ceil(WINDOW_ITEM) <= slots {
+            true => WINDOW_ITEM,
+            false => 2 * group,
+        };
         for (r, row) in rows.iter().enumerate() {
             let id = r as u32;
             plan.rows.push(Row {
@@ -67,19 +74,17 @@ impl Plan {
             plan.groups
                 .extend(groups.map(|g| Pair { a: id, b: g as u32 }));
             let first = plan.items.len() as u32;
-            if row.past + row.new > row.sealed * group {
-                plan.items.push(Item {
+            let part = |window: bool, size: usize, end: usize| {
+                (0..end).step_by(size).map(move |from| Item {
                     row: id,
-                    from: NONE,
-                    to: NONE,
-                });
-            }
-            plan.items
-                .extend((0..row.sealed).step_by(size).map(|from| Item {
-                    row: id,
+                    window: window.into(),
                     from: from as u32,
-                    to: (from + size).min(row.sealed) as u32,
-                }));
+                    to: (from + size).min(end) as u32,
+                })
+            };
+            let window = (row.past + row.new).saturating_sub(row.sealed * group);
+            plan.items.extend(part(true, tokens, window));
+            plan.items.extend(part(false, size, row.sealed));
             plan.of_row.push(Pair {
                 a: first,
                 b: plan.items.len() as u32,
@@ -142,8 +147,17 @@ mod tests {
         assert_eq!(plan.rows[1].table, 4);
         assert_eq!(plan.groups, [Pair { a: 1, b: 0 }, Pair { a: 1, b: 1 }]);
         assert_eq!(plan.rows[0].chunk[..6], [7, 8, 9, 1, 2, NONE]);
-        assert_eq!(plan.of_row, [Pair { a: 0, b: 2 }, Pair { a: 2, b: 4 }]);
-        assert_eq!((plan.items[1].from, plan.items[1].to), (0, 2));
+        // Windows of 145 and 44 tokens, in parts of 64.
+        assert_eq!(plan.of_row, [Pair { a: 0, b: 4 }, Pair { a: 4, b: 6 }]);
+        let parts: Vec<_> = plan
+            .items
+            .iter()
+            .map(|i| (i.window, i.from, i.to))
+            .collect();
+        assert_eq!(
+            parts[..4],
+            [(1, 0, 64), (1, 64, 128), (1, 128, 145), (0, 0, 2)]
+        );
         assert_eq!(plan.longest, 300);
     }
 
@@ -166,7 +180,7 @@ mod tests {
             for (row, of) in plan.of_row.iter().enumerate() {
                 let items = &plan.items[of.a as usize..of.b as usize];
                 let mut next = 0;
-                for item in items.iter().filter(|i| i.from != NONE) {
+                for item in items.iter().filter(|i| i.window == 0) {
                     assert_eq!((item.row as usize, item.from), (row, next));
                     next = item.to;
                 }

@@ -271,7 +271,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
             .collect();
         let states = states.begin(&steps)?;
         let (lanes, slots) = gpu.lanes_and_slots();
-        let plan = DevicePlan::upload(&Plan::new(&states, group, lanes, slots), stream)?;
+        let plan = DevicePlan::upload(&Plan::new(&states, group, lanes, slots), lanes, stream)?;
         let (k, v) = (stream.clone_htod(&k)?, stream.clone_htod(&v)?);
         let fresh = |data| Fresh {
             data,
@@ -308,6 +308,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
                 head: dim as i64,
                 out: address(&out, stream),
                 sums: address(&sums, stream),
+                arrived: 0,
                 num_heads: num_heads as u32,
                 scale: scale * std::f32::consts::LOG2_E,
                 softcap: case.softcap,
@@ -443,7 +444,7 @@ fn same_past<E: Number>(
     group: usize,
 ) -> Result<()> {
     let (lanes, slots) = gpu.lanes_and_slots();
-    let plan = DevicePlan::upload(&Plan::new(states, group, lanes, slots), stream)?;
+    let plan = DevicePlan::upload(&Plan::new(states, group, lanes, slots), lanes, stream)?;
     let layer = cpu.layer(0)?;
     for (r, past) in past.iter().enumerate() {
         let row = Row {
@@ -481,7 +482,7 @@ fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
             table: &[1, 2, 3],
         };
         let states = states.begin(&[step])?;
-        let plan = DevicePlan::upload(&Plan::new(&states, 128, 1, 100), stream)?;
+        let plan = DevicePlan::upload(&Plan::new(&states, 128, 1, 100), 1, stream)?;
         let mut numbers = vec![0.5f32; tokens * 64];
         numbers[3 * 64 + 5] = bad;
         let numbers = stream.clone_htod(&numbers)?;

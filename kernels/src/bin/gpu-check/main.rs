@@ -1,6 +1,7 @@
 //! Judges the CUDA kernels on the GPU at hand: first that they agree with the scalar code, then how fast they are.
 //!
-//! `gpu-check [--quick] [--out FILE.json]`; needs an NVIDIA driver and nothing else.
+//! `gpu-check [--quick] [--no-speed | --speed-only [--only head_dim,gqa,batch,depth]] [--out FILE.json]`; needs an
+//! NVIDIA driver and nothing else.
 
 mod conformance;
 mod paint;
@@ -25,11 +26,21 @@ fn main() -> Result<()> {
         conformance::run(&kernels, has("--quick"))?;
     }
     if !has("--no-speed") {
-        let report = speed::run(&kernels, has("--quick"))?;
+        let report = speed::run(&kernels, has("--quick"), only(&arguments)?)?;
         if let Some(at) = arguments.iter().position(|a| a == "--out") {
             let path = arguments.get(at + 1).context("--out names a file")?;
             std::fs::write(path, serde_json::to_string_pretty(&report)?)?;
         }
     }
     Ok(())
+}
+
+fn only(arguments: &[String]) -> Result<Option<[usize; 4]>> {
+    let Some(at) = arguments.iter().position(|a| a == "--only") else {
+        return Ok(None);
+    };
+    let cell = arguments.get(at + 1).context("--only names a cell")?;
+    let numbers: Vec<usize> = cell.split(',').map(str::parse).collect::<Result<_, _>>()?;
+    let numbers = numbers.try_into().ok();
+    Ok(Some(numbers.context("a cell is head_dim,gqa,batch,depth")?))
 }

@@ -22,7 +22,12 @@ const COLD: usize = 400 << 20;
 /// Measured runs; the median counts.
 const RUNS: usize = 15;
 
-pub fn run(kernels: &Kernels, quick: bool) -> Result<Value> {
+/// `only`: one cell, for a profiler.
+pub fn run(kernels: &Kernels, quick: bool, only: Option<[usize; 4]>) -> Result<Value> {
+    if let Some([dim, ratio, batch, depth]) = only {
+        let cell = cell(kernels, "", dim, 8, ratio, batch, depth)?;
+        return Ok(json!({ "seconds": cell.median }));
+    }
     let copy = copy_bandwidth(kernels.stream())?;
     println!("copy: {:.2} TB/s read and written", copy / 1e12);
     println!("head gqa  batch  depth      us  (min..max)       stored GB/s  of copy");
@@ -116,7 +121,7 @@ fn cell(
     let sealed = state[0].sealed;
     let window = tokens - sealed * GROUP;
     let of_row = state[0].chunks.clone();
-    let plan = DevicePlan::upload(&Plan::new(&state, GROUP, 1, 1), stream)?;
+    let plan = DevicePlan::upload(&Plan::new(&state, GROUP, 1, 1), 1, stream)?;
     let fresh = |x: &CudaSlice<f16>| Fresh {
         data: address(x, stream),
         row: 0,
@@ -156,7 +161,7 @@ fn cell(
         })
         .collect();
     let (lanes, slots) = layers[0].lanes_and_slots();
-    let plan = DevicePlan::upload(&Plan::new(&rows, GROUP, lanes, slots), stream)?;
+    let plan = DevicePlan::upload(&Plan::new(&rows, GROUP, lanes, slots), lanes, stream)?;
     let q = stream.clone_htod(&values(&mut noise, batch * num_heads * dim))?;
     let out = stream.alloc_zeros::<u16>(batch * num_heads * dim)?;
     let sums = stream.alloc_zeros::<f32>(plan.num_items * num_heads * (2 + dim))?;
@@ -166,6 +171,7 @@ fn cell(
         head: dim as i64,
         out: address(&out, stream),
         sums: address(&sums, stream),
+        arrived: 0,
         num_heads: num_heads as u32,
         scale: std::f32::consts::LOG2_E / (dim as f32).sqrt(),
         softcap: 0.0,
