@@ -6,12 +6,13 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Sources, and whether products and sums may be contracted: codes must be equal bit for bit to the CPU's.
-const SOURCES: [(&str, bool); 4] = [
-    ("store", true),
-    ("seal", false),
-    ("decode", true),
-    ("decode_mma", true),
+/// Sources, and how they round: codes must be equal bit for bit to the CPU's, so that `seal` may not contract products
+/// and sums; weights below the smallest normal number may be 0 in attention.
+const SOURCES: [(&str, &str); 4] = [
+    ("store", "--fmad=true"),
+    ("seal", "--fmad=false"),
+    ("decode", "--fmad=true"),
+    ("decode_mma", "--ftz=true"),
 ];
 /// Machine code for each; PTX of the last for what comes after.
 const ARCHITECTURES: [&str; 4] = ["80", "86", "89", "90"];
@@ -34,11 +35,11 @@ fn compile() -> Result<(), String> {
     let nvcc = nvcc();
     let out = std::env::var_os("OUT_DIR").map(PathBuf::from);
     let out = out.ok_or("cargo sets OUT_DIR")?;
-    let jobs = SOURCES.map(|(name, contract)| {
+    let jobs = SOURCES.map(|(name, rounding)| {
         let mut command = Command::new(&nvcc);
         command
             .args(["-std=c++17", "-O3", "-Werror", "all-warnings", "-fatbin"])
-            .arg(format!("--fmad={contract}"))
+            .arg(rounding)
             .args(targets())
             .arg("-o")
             .arg(out.join(format!("{name}.fatbin")))

@@ -4,7 +4,7 @@
 
 namespace ott {
 
-// A part of one row's context: pages `from .. to`, or such tokens of the window.
+// A part of one row's context: pages whose blocks are `tables[from .. to]`, or tokens `from .. to` of the window.
 struct Item {
     uint32_t row, window, from, to;
 };

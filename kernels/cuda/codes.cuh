@@ -79,15 +79,6 @@ struct Codes {
     __device__ static void multiply(const uint8_t* codes, const uint32_t* factors, int lane,
                                     int (&result)[OUT / 2][4]) {
         const int g = lane / 4, t = lane % 4;
-        uint32_t b[SLOTS];
-#pragma unroll
-        for (int s = 0; s < SLOTS; s += 4) {
-            const uint4 four = *reinterpret_cast<const uint4*>(factors + g * STRIDE + SLOTS * t + s);
-            b[s] = __funnelshift_r(four.x, four.x, 8 * t);
-            b[s + 1] = __funnelshift_r(four.y, four.y, 8 * t);
-            b[s + 2] = __funnelshift_r(four.z, four.z, 8 * t);
-            b[s + 3] = __funnelshift_r(four.w, four.w, 8 * t);
-        }
 #pragma unroll
         for (int m = 0; m < OUT / 2; ++m)
 #pragma unroll
@@ -99,12 +90,18 @@ struct Codes {
         for (int x = 0; x < 4; ++x) rows[x] = codes + (4 * SLOTS * t + (x + t) % 4) * ROW_BYTES + word;
         // The high bits of 3-bit codes.
         const int high_at = PLANE - word + (BYTES < 4 ? BYTES * (g % 4) / 4 : g % 4) * 4;
+        // Two steps at a time: code that is run once must be fetched as well.
+#pragma unroll 1
+        for (int pair = 0; pair < SLOTS / 4; ++pair) {
+            const uint4 four = *reinterpret_cast<const uint4*>(factors + g * STRIDE + SLOTS * t + 4 * pair);
+            const uint32_t b[4] = {__funnelshift_r(four.x, four.x, 8 * t), __funnelshift_r(four.y, four.y, 8 * t),
+                                   __funnelshift_r(four.z, four.z, 8 * t), __funnelshift_r(four.w, four.w, 8 * t)};
 #pragma unroll
-        for (int step = 0; step < SLOTS / 2; ++step) {
+            for (int k = 0; k < 2; ++k) {
             uint32_t low[2][BYTES], high[2][BYTES] = {};
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int at = (2 * step + h) * 4 * ROW_BYTES;
+                const int at = (4 * pair + 2 * k + h) * 4 * ROW_BYTES;
 #pragma unroll
                 for (int u = 0; u < BYTES; u += 4) {
                     uint32_t w[4];
@@ -123,8 +120,9 @@ struct Codes {
             for (int m = 0; m < OUT / 2; ++m) {
                 const int i = 2 * m / PLANES, p = 2 * m % PLANES;
                 mma(result[m], plane(low[0][i], high[0][i], p, g), plane(low[0][i], high[0][i], p + 1, g),
-                    plane(low[1][i], high[1][i], p, g), plane(low[1][i], high[1][i], p + 1, g), b[2 * step],
-                    b[2 * step + 1]);
+                    plane(low[1][i], high[1][i], p, g), plane(low[1][i], high[1][i], p + 1, g), b[2 * k],
+                    b[2 * k + 1]);
+            }
             }
         }
     }

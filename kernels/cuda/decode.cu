@@ -63,7 +63,7 @@ __device__ void decode(Layer l, const Row* rows, const uint32_t* tables, const I
         }
     }
     for (uint32_t g = item.from; !item.window && g < item.to; ++g) {
-        const uint32_t block = tables[row.table + g];
+        const uint32_t block = tables[g];
         const uint8_t* page = head_part(l, block, head, layout.head_bytes);
         const uint8_t* slots = page + layout.trace + 4 * l.outliers;
         const uint32_t* places = l.places + (static_cast<size_t>(block) * l.kv_heads + head) * l.outliers;

@@ -4,8 +4,8 @@
 // warps of a block join at the end, and `ott_merge` joins blocks. Codes never become numbers (codes.cuh): key scales go
 // into q, value scales into the weights, as fixed-point factors that are made once per page.
 //
-// Bytes come as half pages (keys; values and trace) through a ring of 3 in shared memory, two on their way while one
-// is worked on.
+// Bytes come as half pages (keys; values and trace) into two places in shared memory: one is on its way while the
+// other is worked on. Many warps hide the rest.
 #include <type_traits>
 
 #include "attend.cuh"
@@ -14,7 +14,7 @@
 namespace ott {
 
 constexpr int WARPS = 4;
-constexpr int RING = 3;
+constexpr int RING = 2;
 constexpr int GROUP = 128;
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -71,7 +71,7 @@ struct Ring {
                 : "r"(b), "r"(parity)
                 : "memory");
 #else
-        asm volatile("cp.async.wait_group %0;" ::"n"(RING - 2) : "memory");
+        asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
         __syncwarp();
 #endif
     }
@@ -265,15 +265,15 @@ struct Kernel {
                 fmaf(unfixed(result[o / 2][o % 2 * 2], result[o / 2][o % 2 * 2 + 1]), unit * V::weight(o), s.out[o]);
     }
 
-    // Pages `from .. to` of a row, every WARPS-th.
-    __device__ static void pages(const Layer& l, const uint32_t* table, const Item& item, int head, float softcap,
+    // Every WARPS-th page of an item.
+    __device__ static void pages(const Layer& l, const uint32_t* tables, const Item& item, int head, float softcap,
                                  const float (&q)[PER][4], Warp& shared, int warp, int lane, Softmax& s) {
         const size_t head_bytes = PageLayout(GROUP, DIM, DIM, KB, VB, l.outliers).head_bytes;
         const uint32_t values_len = head_bytes - AT.v_codes;
         const int count = (static_cast<int>(item.to - item.from) - warp + WARPS - 1) / WARPS;
         Ring<SLOT> ring{shared.ring, shared.barrier};
         ring.init(lane);
-        auto part = [&](int page) { return head_part(l, table[item.from + warp + page * WARPS], head, head_bytes); };
+        auto part = [&](int page) { return head_part(l, tables[item.from + warp + page * WARPS], head, head_bytes); };
         const uint8_t* next = count > 0 ? part(0) : nullptr;
         if (count > 0) {
             ring.load(0, next, KEYS, lane);
@@ -285,16 +285,11 @@ struct Kernel {
         for (int page = 0; page < count; ++page) {
             float score[K::OUT];
             ring.wait(2 * page);
-            if (page + 1 < count) ring.load(2 * page + 2, next, KEYS, lane);
-            ring.commit();
             scores(ring.slot(2 * page), q, shared.factors, lane, score);
             __syncwarp();
-            ring.wait(2 * page + 1);
-            if (page + 1 < count) {
-                ring.load(2 * page + 3, next + AT.v_codes, values_len, lane);
-                if (page + 2 < count) next = part(page + 2);
-            }
+            if (page + 1 < count) ring.load(2 * page + 2, next, KEYS, lane);
             ring.commit();
+            ring.wait(2 * page + 1);
             const uint8_t* values = ring.slot(2 * page + 1);
             const uint8_t* slots = values + (AT.trace - AT.v_codes) + 4 * l.outliers;
             if (softcap != 0.0f)
@@ -314,12 +309,15 @@ struct Kernel {
             }
             add(values, score, shared.factors, lane, s);
             if (has_traced) {
-                const uint32_t block = table[item.from + warp + page * WARPS];
+                const uint32_t block = tables[item.from + warp + page * WARPS];
                 const uint32_t* places = l.places + (static_cast<size_t>(block) * l.kv_heads + head) * l.outliers;
                 for (uint32_t i = 0; i < l.outliers && slots[i] != NO_SLOT; ++i)
                     add_traced(traced<E>(l, places[i]), q, softcap, lane, s);
             }
             __syncwarp();
+            if (page + 1 < count) ring.load(2 * page + 3, next + AT.v_codes, values_len, lane);
+            ring.commit();
+            if (page + 2 < count) next = part(page + 2);
         }
     }
 
@@ -421,13 +419,12 @@ struct Kernel {
                                const uint2* of_row, const Query& query, Shared& shared) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
         const Item item = items[blockIdx.x];
-        const Row& row = rows[item.row];
         const int ratio = query.num_heads / l.kv_heads, first = blockIdx.z * QUERIES;
         const int queries = min(QUERIES, ratio - first);
         const E* from = static_cast<const E*>(query.q) + item.row * query.row + (head * ratio + first) * query.head;
         Softmax s;
         if (item.window) {
-            window(l, row, item, head, query, from, queries, warp, lane, s);
+            window(l, rows[item.row], item, head, query, from, queries, warp, lane, s);
         } else {
             float q[PER][4];
 #pragma unroll
@@ -437,7 +434,7 @@ struct Kernel {
                     const int of = lane / (DIM / 4) * PER + j, c = lane % (DIM / 4) * 4 + i;
                     q[j][i] = of < queries ? to_float(from[of * query.head + c]) * query.scale : 0.0f;
                 }
-            pages(l, tables + row.table, item, head, query.softcap, q, shared.warp[warp], warp, lane, s);
+            pages(l, tables, item, head, query.softcap, q, shared.warp[warp], warp, lane, s);
         }
         for (int h = 4; h < 32; h *= 2) {
             s.sum += __shfl_xor_sync(~0u, s.sum, h);
@@ -465,7 +462,7 @@ struct Kernel {
                 value += reinterpret_cast<const float*>(shared.warp[w].ring)[i] * weight;
             }
             if (range.y - range.x == 1) {
-                out[i] = from_float<E>(value / sum);
+                out[i] = from_float<E>(__fdividef(value, sum));
                 continue;
             }
             float* to = sums + blockIdx.x * stride + j * (2 + DIM);
@@ -503,13 +500,21 @@ struct Kernel {
             if (lane == 0) shared.sum[0][warp] = sum;
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < queries * DIM; i += WARPS * 32) {
-            const int j = i / DIM;
-            const float* of = sums + j * (2 + DIM) + 2 + i % DIM;
-            float value = 0.0f;
-#pragma unroll 8
-            for (int n = 0; n < count; ++n) value = fmaf(weights[n * QUERIES + j], __ldcg(of + n * stride), value);
-            out[i] = from_float<E>(value / shared.sum[0][j]);
+        // This thread's numbers together, so that many loads are on their way.
+        constexpr int EACH = QUERIES * DIM / (WARPS * 32);
+        float value[EACH] = {};
+#pragma unroll 4
+        for (int n = 0; n < count; ++n)
+#pragma unroll
+            for (int k = 0; k < EACH; ++k) {
+                const int i = threadIdx.x + k * WARPS * 32, j = i / DIM;
+                if (j < queries)
+                    value[k] = fmaf(weights[n * QUERIES + j], __ldcg(sums + n * stride + j * (2 + DIM) + 2 + i % DIM), value[k]);
+            }
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) {
+            const int i = threadIdx.x + k * WARPS * 32, j = i / DIM;
+            if (j < queries) out[i] = from_float<E>(__fdividef(value[k], shared.sum[0][j]));
         }
     }
 };
@@ -517,7 +522,7 @@ struct Kernel {
 }  // namespace ott
 
 #define OTT_DECODE_MMA(name, E, DIM, KB, VB)                                                                     \
-    extern "C" __global__ void __launch_bounds__(128, 3) name(                                                   \
+    extern "C" __global__ void __launch_bounds__(128, 4) name(                                                   \
         ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, const uint2* of_row,  \
         ott::Query query) {                                                                                      \
         extern __shared__ __align__(128) uint8_t shared[];                                                       \

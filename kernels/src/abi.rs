@@ -77,7 +77,7 @@ pub struct Fresh {
     pub token: i64,
 }
 
-/// A part of one row's context: pages `from..to`, or such tokens of the window.
+/// A part of one row's context: pages whose blocks are `tables[from..to]`, or tokens `from..to` of the window.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Item {
@@ -85,7 +85,7 @@ pub struct Item {
     pub row: u32,
     /// 1: of the window.
     pub window: u32,
-    /// First page or token.
+    /// First.
     pub from: u32,
     /// End.
     pub to: u32,

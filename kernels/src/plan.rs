@@ -1,6 +1,8 @@
 //! A step's tables, made once on the host and shared by all layers: what is sealed, where the window lies, and which
 //! block of threads attends to which part of the context.
 
+use std::ops::Range;
+
 use crate::abi::{Item, Pair, Row, NONE, WINDOW_CHUNKS};
 
 /// Tokens of a chunk.
@@ -69,22 +71,24 @@ impl Plan {
                 chunk_before: padded(&row.chunks_before),
                 chunk: padded(&row.chunks),
             });
+            let table = plan.tables.len();
             plan.tables.extend(row.table.iter().map(|b| *b as u32));
             let groups = row.sealed_before..row.sealed;
             plan.groups
                 .extend(groups.map(|g| Pair { a: id, b: g as u32 }));
             let first = plan.items.len() as u32;
-            let part = |window: bool, size: usize, end: usize| {
-                (0..end).step_by(size).map(move |from| Item {
+            let part = |window: bool, size: usize, range: Range<usize>| {
+                range.clone().step_by(size).map(move |from| Item {
                     row: id,
                     window: window.into(),
                     from: from as u32,
-                    to: (from + size).min(end) as u32,
+                    to: (from + size).min(range.end) as u32,
                 })
             };
             let window = (row.past + row.new).saturating_sub(row.sealed * group);
-            plan.items.extend(part(true, tokens, window));
-            plan.items.extend(part(false, size, row.sealed));
+            plan.items.extend(part(true, tokens, 0..window));
+            plan.items
+                .extend(part(false, size, table..table + row.sealed));
             plan.of_row.push(Pair {
                 a: first,
                 b: plan.items.len() as u32,
@@ -164,11 +168,12 @@ mod tests {
     #[test]
     fn every_page_is_in_one_item() {
         for (pages, slots) in [(1, 396), (63, 396), (256, 396), (1024, 132), (7, 1)] {
+            let table = vec![1; pages];
             let rows = vec![
                 RowState {
                     past: pages * 128,
                     new: 1,
-                    table: &[],
+                    table: &table,
                     sealed_before: pages,
                     sealed: pages,
                     chunks_before: vec![],
@@ -179,12 +184,12 @@ mod tests {
             let plan = Plan::new(&rows, 128, 8, slots);
             for (row, of) in plan.of_row.iter().enumerate() {
                 let items = &plan.items[of.a as usize..of.b as usize];
-                let mut next = 0;
+                let mut next = (row * pages) as u32;
                 for item in items.iter().filter(|i| i.window == 0) {
                     assert_eq!((item.row as usize, item.from), (row, next));
                     next = item.to;
                 }
-                assert_eq!(next as usize, pages);
+                assert_eq!(next as usize, (row + 1) * pages);
             }
         }
     }

@@ -94,7 +94,8 @@ fn cell(
     let chunks = batch * (GROUP + config.residual) / 32;
     let num_heads = kv_heads * ratio;
 
-    // Real pages and traced tokens of one sequence, then the same in every block.
+    // Pages and traced tokens of one sequence; then, in every block, those of its later half, so that there are as few
+    // traced tokens as in a long sequence.
     let layer = || {
         DeviceLayer::new(
             kernels,
@@ -106,7 +107,7 @@ fn cell(
         )
     };
     let layers: Vec<DeviceLayer> = (0..copies).map(|_| layer()).collect::<Result<_>>()?;
-    let tokens = 2048.min(depth);
+    let tokens = 8192.min(depth);
     let mut noise = Noise::new(depth as u64);
     let k = stream.clone_htod(&keys(&mut noise, kv_heads, tokens, dim))?;
     let v = stream.clone_htod(&values(&mut noise, kv_heads * tokens * dim))?;
@@ -134,7 +135,7 @@ fn cell(
         layer.append(&plan, fresh(&k), fresh(&v))?;
         layer.check()?;
         for block in sealed + 1..num_blocks {
-            let from = 1 + (block - 1) % sealed;
+            let from = 1 + sealed / 2 + (block - 1) % (sealed - sealed / 2);
             copy_within(&layer.pages, from, block, page_bytes, stream)?;
             copy_within(&layer.places, from, block, block_places, stream)?;
         }
