@@ -1,0 +1,353 @@
+//! AVX2 with FMA and F16C: codes become f32 by a look-up of four numbers, eight codes at a time.
+
+// Loops of a constant length over several arrays in step become registers.
+#![allow(clippy::needless_range_loop)]
+
+use std::arch::x86_64::*;
+
+use super::compiled::compiled_for;
+use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, ROWS};
+use super::{scalar, CpuOps, Keys, Values};
+use crate::config::Clip;
+use crate::quantize::{quantize_group as quantize, sum2, Affine};
+
+/// The table, if this machine can run it.
+pub fn table() -> Option<&'static CpuOps> {
+    let found = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c");
+    found.then_some(&OPS)
+}
+
+static OPS: CpuOps = CpuOps {
+    name: "avx2",
+    factor_step: 0.0,
+    l1_norm,
+    quantize_group,
+    key_scores,
+    value_sum,
+    full_scores,
+    full_sum,
+    prefetch,
+    max,
+    exp_sum,
+};
+
+compiled_for! {"avx2,fma,f16c":
+    fn l1_norm(x: &[f32]) -> f32 = scalar::l1_norm;
+    fn quantize_group(x: &[f32], weight: &[f32], bits: u8, clip: Clip, codes: &mut [u8]) -> Option<Affine> = quantize;
+    fn key_scores(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) = keys_kernel;
+    fn value_sum(values: &Values<'_>, p: &[f32], out: &mut [f32]) = values_kernel;
+    fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = full_scores_kernel;
+    fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = full_sum_kernel;
+    fn max(x: &[f32]) -> f32 = max_kernel;
+    fn exp_sum(x: &mut [f32], max: f32) -> f32 = exp_sum_kernel;
+}
+
+/// One hint for each line of 64 bytes.
+pub fn prefetch(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        // SAFETY: a hint reads nothing; SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+}
+
+/// Queries that share unpacked codes: 8 sums each of the 16 registers.
+const QUERIES: usize = 2;
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn keys_kernel(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) {
+    sum_keys(keys, q, k_dim, scores, |strip, x, out| add(strip, x, out));
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn values_kernel(values: &Values<'_>, p: &[f32], out: &mut [f32]) {
+    sum_values(values, p, out, |strip, x, out| add(strip, x, out));
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
+    match strip.bits {
+        2 => add_planes::<4>(strip, x, out),
+        4 => add_planes::<2>(strip, x, out),
+        _ => scalar::add_strip(strip, x, out),
+    }
+}
+
+/// `PLANES` codes in a byte.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_planes<const PLANES: usize>(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
+    let (mut scale, mut min) = ([0f32; ROWS], [0f32; ROWS]);
+    widen(strip.scale, &mut scale[..strip.rows]);
+    widen(strip.min, &mut min[..strip.rows]);
+    let mut factors = [[0f32; ROWS]; QUERIES];
+    let mut n = 0;
+    while n < x.len() {
+        let count = QUERIES.min(x.len() - n);
+        for (i, factors) in factors[..count].iter_mut().enumerate() {
+            let x = x.of(n + i, strip);
+            for ((f, x), scale) in factors.iter_mut().zip(x).zip(&scale) {
+                *f = x * scale;
+            }
+            let base = sum2(x, &min[..strip.rows], |x, m| x * m);
+            out.of(n + i, strip).iter_mut().for_each(|o| *o += base);
+        }
+        for at in (0..strip.columns / PLANES).step_by(8) {
+            match count {
+                1 => dot::<PLANES, 1>(strip, at, &factors, n, out),
+                _ => dot::<PLANES, 2>(strip, at, &factors, n, out),
+            }
+        }
+        n += count;
+    }
+}
+
+/// Byte columns `at..at + 8`, or fewer at the end of a row, for queries `n..n + N`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot<const PLANES: usize, const N: usize>(
+    strip: &Strip<'_>,
+    at: usize,
+    factors: &[[f32; ROWS]; QUERIES],
+    n: usize,
+    out: &mut Sums<'_>,
+) {
+    let table = _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0);
+    let mask = _mm256_set1_epi32((1 << (8 / PLANES)) - 1);
+    let mut sums = [[_mm256_setzero_ps(); PLANES]; N];
+    for r in 0..strip.rows {
+        let bytes = eight(strip.codes, r * strip.stride + at);
+        let bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+        for p in 0..PLANES {
+            let shift = _mm256_set1_epi32((p * 8 / PLANES) as i32);
+            let shifted = _mm256_srlv_epi32(bytes, shift);
+            // The look-up reads the low two bits of each number and ignores the others.
+            let codes = match PLANES {
+                4 => _mm256_permutevar_ps(table, shifted),
+                _ => _mm256_cvtepi32_ps(_mm256_and_si256(shifted, mask)),
+            };
+            for i in 0..N {
+                let factor = _mm256_set1_ps(factors[i][r]);
+                sums[i][p] = _mm256_fmadd_ps(factor, codes, sums[i][p]);
+            }
+        }
+    }
+    let width = strip.columns / PLANES;
+    for i in 0..N {
+        for p in 0..PLANES {
+            let out = &mut out.of(n + i, strip)[p * width..(p + 1) * width][at..];
+            add_to(out, sums[i][p]);
+        }
+    }
+}
+
+/// Bytes `at..at + 8`; zeros beyond the end.
+#[inline(always)]
+fn eight(bytes: &[u8], at: usize) -> i64 {
+    let mut eight = [0; 8];
+    match bytes[at..].first_chunk::<8>() {
+        Some(all) => eight = *all,
+        None => eight[..bytes.len() - at].copy_from_slice(&bytes[at..]),
+    }
+    i64::from_le_bytes(eight)
+}
+
+/// Keys four at a time, so that a query's numbers are loaded once for four.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn full_scores_kernel(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) {
+    let (q, scores) = (q.chunks_exact(2 * dim), scores.chunks_mut(2 * stride));
+    let last = q.remainder();
+    let mut scores = scores;
+    for (q, scores) in q.zip(scores.by_ref()) {
+        scores_of::<2>(keys, q, dim, scores, stride);
+    }
+    if let (false, Some(scores)) = (last.is_empty(), scores.next()) {
+        scores_of::<1>(keys, last, dim, scores, stride);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scores_of<const N: usize>(
+    keys: &[f32],
+    q: &[f32],
+    dim: usize,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let tokens = keys.len() / dim;
+    let mut t = 0;
+    while t + 4 <= tokens {
+        let sums = dot_products::<N, 4>(&keys[t * dim..], q, dim);
+        for (i, sums) in sums.iter().enumerate() {
+            scores[i * stride + t..][..4].copy_from_slice(sums);
+        }
+        t += 4;
+    }
+    for t in t..tokens {
+        let sums = dot_products::<N, 1>(&keys[t * dim..], q, dim);
+        for (i, sums) in sums.iter().enumerate() {
+            scores[i * stride + t] = sums[0];
+        }
+    }
+}
+
+/// Of `N` queries with the first `T` keys, 4 at most.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot_products<const N: usize, const T: usize>(
+    keys: &[f32],
+    q: &[f32],
+    dim: usize,
+) -> [[f32; 4]; N] {
+    let mut sums = [[_mm256_setzero_ps(); 4]; N];
+    let keys: [&[[f32; 8]]; T] = std::array::from_fn(|t| eights(&keys[t * dim..][..dim]));
+    let q: [&[[f32; 8]]; N] = std::array::from_fn(|i| eights(&q[i * dim..][..dim]));
+    for c in 0..dim / 8 {
+        for t in 0..T {
+            let key = load(&keys[t][c]);
+            for i in 0..N {
+                sums[i][t] = _mm256_fmadd_ps(key, load(&q[i][c]), sums[i][t]);
+            }
+        }
+    }
+    sums.map(|s| {
+        let pairs = [_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3])];
+        let halves = _mm256_hadd_ps(pairs[0], pairs[1]);
+        let high = _mm256_extractf128_ps::<1>(halves);
+        let all = _mm_add_ps(_mm256_castps256_ps128(halves), high);
+        let mut four = [0f32; 4];
+        // SAFETY: four numbers are written to four.
+        unsafe { _mm_storeu_ps(four.as_mut_ptr(), all) };
+        four
+    })
+}
+
+/// Channels 32 at a time, so that their sums stay in registers over all tokens.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn full_sum_kernel(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
+    for (p, out) in p.chunks(stride).zip(out.chunks_exact_mut(dim)) {
+        let mut c = 0;
+        while c + 32 <= dim {
+            weighted::<4>(values, p, dim, c, &mut out[c..c + 32]);
+            c += 32;
+        }
+        while c < dim {
+            weighted::<1>(values, p, dim, c, &mut out[c..c + 8]);
+            c += 8;
+        }
+    }
+}
+
+/// Channels `c..c + 8 W`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn weighted<const W: usize>(values: &[f32], p: &[f32], dim: usize, c: usize, out: &mut [f32]) {
+    let mut sums = [_mm256_setzero_ps(); W];
+    for (value, p) in values.chunks_exact(dim).zip(p) {
+        let p = _mm256_set1_ps(*p);
+        let value = eights(&value[c..c + 8 * W]);
+        for (sum, x) in sums.iter_mut().zip(value) {
+            *sum = _mm256_fmadd_ps(p, load(x), *sum);
+        }
+    }
+    for (out, sum) in out.chunks_exact_mut(8).zip(sums) {
+        add_to(out, sum);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn max_kernel(x: &[f32]) -> f32 {
+    let mut lanes = _mm256_set1_ps(f32::NEG_INFINITY);
+    let (eights, rest) = x.as_chunks::<8>();
+    for x in eights {
+        lanes = _mm256_max_ps(load(x), lanes);
+    }
+    let mut last = [f32::NEG_INFINITY; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let mut all = [0f32; 8];
+    store(&mut all, _mm256_max_ps(load(&last), lanes));
+    all.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn exp_sum_kernel(x: &mut [f32], max: f32) -> f32 {
+    let mut lanes = _mm256_setzero_ps();
+    let top = _mm256_set1_ps(max);
+    let (eights, rest) = x.as_chunks_mut::<8>();
+    for x in eights {
+        let y = exp(_mm256_sub_ps(load(x), top));
+        lanes = _mm256_add_ps(lanes, y);
+        store(x, y);
+    }
+    let mut last = [f32::NEG_INFINITY; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let y = exp(_mm256_sub_ps(load(&last), top));
+    store(&mut last, y);
+    rest.copy_from_slice(&last[..rest.len()]);
+    let mut all = [0f32; 8];
+    store(&mut all, _mm256_add_ps(lanes, y));
+    all.into_iter().sum()
+}
+
+/// [`scalar`]'s, with fused multiply-adds.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn exp(x: __m256) -> __m256 {
+    let (least, one) = (_mm256_set1_ps(-88.0), _mm256_set1_ps(1.0));
+    let bounded = _mm256_max_ps(x, least);
+    let n = _mm256_mul_ps(bounded, _mm256_set1_ps(std::f32::consts::LOG2_E));
+    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(n);
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(scalar::LN2_HIGH), bounded);
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(scalar::LN2_LOW), r);
+    let mut y = _mm256_set1_ps(scalar::EXP[0]);
+    for c in &scalar::EXP[1..] {
+        y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(*c));
+    }
+    let y = _mm256_add_ps(_mm256_fmadd_ps(_mm256_mul_ps(y, r), r, r), one);
+    let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
+    let counts = _mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_set1_ps(-87.0));
+    _mm256_and_ps(_mm256_mul_ps(y, power), counts)
+}
+
+/// `x` in eights; its length is a multiple of 8.
+#[inline(always)]
+fn eights(x: &[f32]) -> &[[f32; 8]] {
+    x.as_chunks().0
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load(x: &[f32; 8]) -> __m256 {
+    // SAFETY: eight numbers are read from eight.
+    unsafe { _mm256_loadu_ps(x.as_ptr()) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store(out: &mut [f32; 8], x: __m256) {
+    // SAFETY: eight numbers are written to eight.
+    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), x) }
+}
+
+/// Add the first numbers of `x` to those of `out`, which may be fewer.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_to(out: &mut [f32], x: __m256) {
+    if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
+        let sum = _mm256_add_ps(load(out), x);
+        return store(out, sum);
+    }
+    let mut numbers = [0f32; 8];
+    store(&mut numbers, x);
+    for (out, x) in out.iter_mut().zip(numbers) {
+        *out += x;
+    }
+}
+
+/// The first `out.len()` of little-endian f16 `bytes`; a multiple of 8.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn widen(bytes: &[u8], out: &mut [f32]) {
+    let (halves, _) = bytes.as_chunks::<16>();
+    let (out, _) = out.as_chunks_mut::<8>();
+    for (out, halves) in out.iter_mut().zip(halves) {
+        // SAFETY: 16 bytes are read from 16, eight numbers are written to eight.
+        unsafe {
+            let halves = _mm_loadu_si128(halves.as_ptr().cast());
+            _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(halves));
+        }
+    }
+}
