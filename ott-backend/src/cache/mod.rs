@@ -167,24 +167,29 @@ impl<E: Element> Cache<E> {
     /// A sequence gave up blocks, in table order. Full ones are sealed, others forgotten. One that
     /// cannot be sealed is forgotten too: whoever reads it gets an error, not wrong numbers.
     pub fn released(&self, blocks: &[usize]) {
+        let mut before = None;
         for &block in blocks.iter().filter(|b| **b < self.num_blocks) {
             let mut layers = self.layers.iter();
             if !layers.all(|layer| read(layer).held(block) == self.group_size)
-                || self.flush(block).is_err()
+                || self.flush(block, before).is_err()
             {
                 self.layers
                     .iter()
                     .for_each(|layer| write(layer).clear(block));
             }
+            before = Some(block);
         }
     }
 
-    fn flush(&self, block: usize) -> Result<()> {
+    /// Seal a block behind the one before it in the table that is released. Sequences that hit it may
+    /// have a copy of that one before it, which is still open; so for the table's first block alone
+    /// it is asked what was before it in the last step.
+    fn flush(&self, block: usize, before: Option<usize>) -> Result<()> {
         let previous = self.previous.read().unwrap_or_else(PoisonError::into_inner);
-        let previous = match previous[block] {
+        let previous = before.or(match previous[block] {
             NO_BLOCK => None,
             before => Some(before as usize),
-        };
+        });
         self.layers.par_iter().try_for_each(|layer| {
             let sealed = read(layer).is_sealed(block);
             match sealed {
