@@ -37,6 +37,7 @@ cargo verify fast            The same without building the host.
 cargo demo [ARGS]            Fetch a small model, build, and answer with and without `--kv-cache ott`.
                              ARGS go to the demo; `-m MODEL` takes a model of yours.
 cargo bench-kv [ARGS]        How fast a decoded token reads its past: other caches beside ours, in one run.
+cargo soak [ARGS]            Many clients against the server for an hour; `--minutes N` for another time.
 cargo run --release --package ott-patches -- check    Only the patches.
 
 Builds of the host and models are kept in OTT_CACHE_DIR (default: ott-mistralrs in your cache folder).

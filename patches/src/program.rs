@@ -1,4 +1,4 @@
-//! `cargo demo`, `cargo bench-kv`: from nothing to a program with the patched host in it, and what it says.
+//! `cargo demo`, `cargo bench-kv`, `cargo soak`: from nothing to a program with the patched host in it, and what it says.
 
 use std::process::Command;
 
@@ -11,10 +11,11 @@ use crate::setup::setup;
 use crate::tasks::{cargo_host_build, host_target, run};
 
 /// Programs of integration-tests, each with the model that it runs if the user names none.
-const PROGRAMS: [(&str, &str); 2] = [
+const PROGRAMS: [(&str, &str); 3] = [
     // A person reads its answers.
     ("demo", "qwen2.5-coder-0.5b"),
     ("bench-kv", "smollm2-135m"),
+    ("soak", "smollm2-135m"),
 ];
 
 /// Whether `task` is the name of a program.

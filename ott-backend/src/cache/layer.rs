@@ -56,7 +56,8 @@ impl<E: Element> LayerCache<E> {
         let block = layout.page_bytes() + BLOCK_STATE_BYTES + traced * (size_of::<u32>() + token);
         let staging =
             Staging::<E>::worst_bytes(layout, max_seqs.saturating_mul(chunks_per_seq(spec)));
-        (block, staging + if traced > 0 { beside } else { 0 })
+        let beside = if traced > 0 { beside } else { 0 };
+        (block, staging.saturating_add(beside))
     }
 
     /// An empty cache.

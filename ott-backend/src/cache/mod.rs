@@ -65,6 +65,15 @@ pub struct LayerStats {
     pub traced_tokens: usize,
     /// Chunks of the residual window in use.
     pub staging_chunks: usize,
+    /// Tokens of all blocks, traced ones and those of the window among them.
+    pub tokens: usize,
+    /// Tokens that are not sealed.
+    pub window_tokens: usize,
+    /// Places of the extra store taken by the chain and head that took most; all of them, if tracing
+    /// has stopped there.
+    pub most_displaced: usize,
+    /// Parts of pages, one per head, after which tracing has stopped.
+    pub stopped_parts: usize,
 }
 
 /// The cache of all layers of a model.
@@ -86,7 +95,10 @@ impl<E: Element> Cache<E> {
         let layers = specs
             .iter()
             .map(|spec| LayerCache::<E>::worst_bytes(spec, max_seqs));
-        let (block, fixed) = layers.fold((0, 0), |sum, x| (sum.0 + x.0, sum.1 + x.1));
+        let add = |sum: (usize, usize), x: (usize, usize)| {
+            (sum.0 + x.0, usize::saturating_add(sum.1, x.1))
+        };
+        let (block, fixed) = layers.fold((0, 0), add);
         (block + size_of::<u32>(), fixed)
     }
 
