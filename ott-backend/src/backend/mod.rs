@@ -1,19 +1,21 @@
 //! The seam: the host's words in, our words out. The only room that knows candle and the host.
 
 mod provider;
+mod stats;
 mod tensor;
 
 use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
-use mistralrs_kv_backend::{KvAttn, KvCacheBackend, KvPlan, KvStep};
+use mistralrs_kv_backend::{KvAttn, KvCacheBackend, KvPlan, KvStats, KvStep};
 
 pub use provider::{provider, register, OttProvider};
 pub use tensor::Activation;
 
 use crate::attention::{decode, Queries};
 use crate::cache::{Cache, LayerStats, Row};
+use crate::config::OttConfig;
 use crate::error::Error;
 use crate::prompt::{attend, NewTokens, Scores};
 use tensor::{tensor, Rows, Slices};
@@ -22,9 +24,10 @@ use tensor::{tensor, Rows, Slices};
 #[derive(Debug)]
 pub struct OttBackend<E> {
     cache: Arc<Cache<E>>,
-    group_size: usize,
+    config: OttConfig,
     num_heads: Arc<[usize]>,
     description: String,
+    page_bits: f64,
 }
 
 /// What tests and demonstrations may look at.
@@ -60,10 +63,10 @@ impl<E: Activation> Inspect for OttBackend<E> {
 
 impl<E: Activation> KvCacheBackend for OttBackend<E> {
     fn begin_step(&self, plan: KvPlan) -> Result<Arc<dyn KvStep>> {
-        if plan.block_size != self.group_size {
+        if plan.block_size != self.config.group_size {
             return Err(seam(Error::PlanBlockSize {
                 plan: plan.block_size,
-                group: self.group_size,
+                group: self.config.group_size,
             }));
         }
         self.cache.begin(&rows(&plan)).map_err(seam)?;
@@ -92,6 +95,10 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
 
     fn allocated_bytes(&self) -> usize {
         self.cache.allocated_bytes()
+    }
+
+    fn stats(&self) -> KvStats {
+        stats::stats(&self.cache, &self.config, self.page_bits)
     }
 }
 

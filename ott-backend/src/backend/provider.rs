@@ -48,12 +48,14 @@ impl OttProvider {
     ) -> Result<Arc<OttBackend<E>>> {
         let config = OttConfig::parse(&shape.options)?;
         let specs = specs(&config, shape)?;
-        let description = report::<E>(&config, &specs, shape, num_blocks).to_string();
+        let report = report::<E>(&config, &specs, shape, num_blocks);
+        let (description, page_bits) = (report.to_string(), report.page_bits);
         let backend = Arc::new(OttBackend {
             cache: Arc::new(Cache::new(specs, num_blocks, shape.max_seqs)),
-            group_size: config.group_size,
+            config,
             num_heads: shape.layers.iter().map(|l| l.num_heads).collect(),
             description,
+            page_bits,
         });
         let mut caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
         caches.retain(|cache| cache.strong_count() > 0);

@@ -56,7 +56,8 @@ impl<E: Element> LayerCache<E> {
         let block = layout.page_bytes() + BLOCK_STATE_BYTES + traced * (size_of::<u32>() + token);
         let staging =
             Staging::<E>::worst_bytes(layout, max_seqs.saturating_mul(chunks_per_seq(spec)));
-        (block, staging + if traced > 0 { beside } else { 0 })
+        let beside = if traced > 0 { beside } else { 0 };
+        (block, staging.saturating_add(beside))
     }
 
     /// An empty cache.
@@ -124,25 +125,26 @@ impl<E: Element> LayerCache<E> {
     pub fn reserve(&mut self, rows: &[Row<'_>]) -> Result<()> {
         let group = self.spec.layout.group_size;
         // Blocks that are open now or after the step; several rows may share one.
-        let mut blocks = std::collections::HashMap::new();
+        let mut counted = std::collections::HashSet::new();
+        let mut total = self.staging.in_use();
         for row in rows {
             let sealed = self.groups_to_seal(row.end());
-            let last = row.end().div_ceil(group);
-            for i in self.first_open(row)..last {
-                let len = if i < sealed {
-                    0
-                } else {
-                    group.min(row.end() - i * group)
-                };
-                let after = blocks.entry(row.table[i]).or_insert(0);
-                *after = len.div_ceil(CHUNK).max(*after);
+            let (mut before, mut after) = (0, 0);
+            for i in self.first_open(row)..row.end().div_ceil(group) {
+                if counted.insert(row.table[i]) {
+                    let open = i >= sealed;
+                    let len = if open {
+                        group.min(row.end() - i * group)
+                    } else {
+                        0
+                    };
+                    before += self.chunks_of(row.table[i]).len();
+                    after += len.div_ceil(CHUNK);
+                }
             }
+            // Rows are stored one by one: one that shrinks may do so after the others have grown.
+            total += after.saturating_sub(before);
         }
-        let before: usize = blocks.keys().map(|b| self.chunks_of(*b).len()).sum();
-        let after: usize = blocks.values().sum();
-        // While rows are stored one by one, neither the old nor the new number is exceeded by more
-        // than the rows that have not shrunk yet: reserve for the larger.
-        let total = self.staging.in_use() - before + after.max(before);
         match self.staging.reserve(total) {
             true => Ok(()),
             false => Err(self.staging_full()),

@@ -65,6 +65,15 @@ pub struct LayerStats {
     pub traced_tokens: usize,
     /// Chunks of the residual window in use.
     pub staging_chunks: usize,
+    /// Tokens of all blocks, traced ones and those of the window among them.
+    pub tokens: usize,
+    /// Tokens that are not sealed.
+    pub window_tokens: usize,
+    /// Places of the extra store taken by the chain and head that took most; all of them, if tracing
+    /// has stopped there.
+    pub most_displaced: usize,
+    /// Parts of pages, one per head, after which tracing has stopped.
+    pub stopped_parts: usize,
 }
 
 /// The cache of all layers of a model.
@@ -86,7 +95,10 @@ impl<E: Element> Cache<E> {
         let layers = specs
             .iter()
             .map(|spec| LayerCache::<E>::worst_bytes(spec, max_seqs));
-        let (block, fixed) = layers.fold((0, 0), |sum, x| (sum.0 + x.0, sum.1 + x.1));
+        let add = |sum: (usize, usize), x: (usize, usize)| {
+            (sum.0 + x.0, usize::saturating_add(sum.1, x.1))
+        };
+        let (block, fixed) = layers.fold((0, 0), add);
         (block + size_of::<u32>(), fixed)
     }
 
@@ -167,24 +179,29 @@ impl<E: Element> Cache<E> {
     /// A sequence gave up blocks, in table order. Full ones are sealed, others forgotten. One that
     /// cannot be sealed is forgotten too: whoever reads it gets an error, not wrong numbers.
     pub fn released(&self, blocks: &[usize]) {
+        let mut before = None;
         for &block in blocks.iter().filter(|b| **b < self.num_blocks) {
             let mut layers = self.layers.iter();
             if !layers.all(|layer| read(layer).held(block) == self.group_size)
-                || self.flush(block).is_err()
+                || self.flush(block, before).is_err()
             {
                 self.layers
                     .iter()
                     .for_each(|layer| write(layer).clear(block));
             }
+            before = Some(block);
         }
     }
 
-    fn flush(&self, block: usize) -> Result<()> {
+    /// Seal a block behind the one before it in the table that is released. Sequences that hit it may
+    /// have a copy of that one before it, which is still open; so for the table's first block alone
+    /// it is asked what was before it in the last step.
+    fn flush(&self, block: usize, before: Option<usize>) -> Result<()> {
         let previous = self.previous.read().unwrap_or_else(PoisonError::into_inner);
-        let previous = match previous[block] {
+        let previous = before.or(match previous[block] {
             NO_BLOCK => None,
             before => Some(before as usize),
-        };
+        });
         self.layers.par_iter().try_for_each(|layer| {
             let sealed = read(layer).is_sealed(block);
             match sealed {

@@ -1,7 +1,7 @@
 //! One head's part of a sealed page, read.
 
 use crate::cpu::{Keys, Values};
-use crate::layout::{f16_at, PageLayout, NO_SLOT};
+use crate::layout::{f16_at, PageLayout};
 use crate::pack::{packed_len, unpack_f32};
 
 /// One head's part of a sealed page.
@@ -40,7 +40,9 @@ impl<'a> PageHead<'a> {
     /// Places in the group of the tokens that are traced, ascending.
     pub fn traced(&self) -> &'a [u8] {
         let slots = &self.bytes[self.layout.slots.clone()];
-        let len = slots.iter().take_while(|s| **s != NO_SLOT).count();
+        // `NO_SLOT` is beyond the group; so is what no seal has written.
+        let is_place = |slot: &&u8| usize::from(**slot) < self.layout.group_size;
+        let len = slots.iter().take_while(is_place).count();
         &slots[..len]
     }
 

@@ -5,6 +5,7 @@ use super::layer::{Block, LayerCache};
 use super::page::PageHead;
 use super::seal::LayerSpec;
 use super::LayerStats;
+use crate::layout::STOPPED;
 
 impl<E: Element> LayerCache<E> {
     /// What never changes.
@@ -23,11 +24,29 @@ impl<E: Element> LayerCache<E> {
 
     /// Counts, for tests and reports.
     pub fn stats(&self) -> LayerStats {
-        let sealed = self.blocks.iter().filter(|b| **b == Block::Sealed).count();
-        LayerStats {
-            sealed_blocks: sealed,
+        let mut stats = LayerStats {
             traced_tokens: self.traced.in_use(),
             staging_chunks: self.staging.in_use(),
+            ..LayerStats::default()
+        };
+        for block in 0..self.blocks.len() {
+            stats.tokens += self.held(block);
+            match self.is_sealed(block) {
+                true => self.count_page(block, &mut stats),
+                false => stats.window_tokens += self.held(block),
+            }
+        }
+        stats
+    }
+
+    fn count_page(&self, block: usize, stats: &mut LayerStats) {
+        let layout = &self.spec.layout;
+        stats.sealed_blocks += 1;
+        for head in (0..layout.num_kv_heads).filter(|_| layout.outliers > 0) {
+            let displaced = self.head(block, head).bytes[layout.extra];
+            stats.stopped_parts += usize::from(displaced == STOPPED);
+            let displaced = usize::from(displaced).min(self.spec.config.extra);
+            stats.most_displaced = stats.most_displaced.max(displaced);
         }
     }
 

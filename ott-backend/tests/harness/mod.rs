@@ -22,6 +22,7 @@ pub struct Model {
     pub dtype: DType,
     pub options: String,
     pub attn: KvAttn,
+    pub max_seqs: usize,
 }
 
 impl Model {
@@ -39,6 +40,7 @@ impl Model {
                 scale: 0.125,
                 softcap: None,
             },
+            max_seqs: 8,
         }
     }
 
@@ -76,7 +78,7 @@ impl Model {
             dtype: self.dtype,
             block_size: self.block_size(),
             max_seq_len: 8192,
-            max_seqs: 8,
+            max_seqs: self.max_seqs,
             options: self.options.clone(),
         }
     }

@@ -11,14 +11,17 @@
 //! | after the weights are read | [`KvBackendProvider::create`] | the cache of this model |
 //! | once per forward pass | [`KvCacheBackend::begin_step`] | tables uploaded, work planned |
 //! | in each layer | [`KvStep::prefill`], [`KvStep::append`], [`KvStep::decode`] | attention |
+//! | at any time | [`KvCacheBackend::stats`] | what is held |
 //!
 //! Nothing here knows a method of compression: [`toy`] is a full-precision backend in a page of
 //! code, and the golden reference for the patched host.
 
+mod metrics;
 mod model;
 mod registry;
 mod servable;
 mod spec;
+mod stats;
 pub mod toy;
 
 use std::fmt;
@@ -26,10 +29,12 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 
+pub use metrics::{metrics, METRICS_TYPE};
 pub use model::KvModelSource;
 pub use registry::{register, registered};
 pub use servable::{check_servable, KvRefusal};
 pub use spec::KvBackendSpec;
+pub use stats::{KvGauge, KvMeter, KvPool, KvReport, KvStats};
 
 /// One layer of the cache, as this rank holds it.
 #[derive(Clone, Debug)]
@@ -149,6 +154,12 @@ pub trait KvCacheBackend: Send + Sync {
 
     /// Bytes held now, all layers.
     fn allocated_bytes(&self) -> usize;
+
+    /// What is held, in numbers. This and `allocated_bytes` are asked from other threads too, also
+    /// in the middle of a step.
+    fn stats(&self) -> KvStats {
+        KvStats::default()
+    }
 }
 
 /// One forward pass. Tensors are `(rows, heads, tokens, channels)`, rows as in the plan, and need

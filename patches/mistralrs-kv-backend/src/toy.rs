@@ -20,8 +20,8 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 use attention::Head;
 
 use crate::{
-    KvAttn, KvBackendProvider, KvCacheBackend, KvLayer, KvMemory, KvModelSource, KvPlan, KvRow,
-    KvShape, KvStep,
+    KvAttn, KvBackendProvider, KvCacheBackend, KvGauge, KvLayer, KvMemory, KvModelSource, KvPlan,
+    KvRow, KvShape, KvStats, KvStep,
 };
 
 const DEFAULT_BLOCK_SIZE: usize = 128;
@@ -252,6 +252,22 @@ impl KvCacheBackend for ToyCache {
         let (layers, size) = (self.0.shape.layers.len(), self.0.shape.block_size);
         let blocks = self.0.num_blocks.saturating_sub(1);
         format!("toy-f32: keys and values at 32 bits, {layers} layers, {blocks} blocks of {size} tokens")
+    }
+
+    fn stats(&self) -> KvStats {
+        let state = self.0.read();
+        let first = state.slots.first().into_iter().flatten();
+        let owned = state.owners.iter().flatten().count();
+        KvStats {
+            setting: format!("block={}", self.0.shape.block_size),
+            bits_per_number: Some(32.0),
+            tokens: Some(first.flatten().count()),
+            gauges: vec![KvGauge {
+                name: "owned_blocks",
+                help: "Blocks that a sequence may write to",
+                by_layer: vec![owned as f64; self.0.shape.layers.len()],
+            }],
+        }
     }
 
     fn allocated_bytes(&self) -> usize {

@@ -14,7 +14,8 @@ use std::sync::Arc;
 use candle_core::{bail, DType, Result, Tensor};
 
 use crate::{
-    KvAttn, KvBackendProvider, KvCacheBackend, KvMemory, KvModelSource, KvPlan, KvShape, KvStep,
+    KvAttn, KvBackendProvider, KvCacheBackend, KvMemory, KvModelSource, KvPlan, KvShape, KvStats,
+    KvStep,
 };
 
 /// The provider of `toy-faulty`, to be [registered](crate::register) by tests.
@@ -128,6 +129,10 @@ impl KvCacheBackend for FaultyCache {
 
     fn allocated_bytes(&self) -> usize {
         self.cache.allocated_bytes()
+    }
+
+    fn stats(&self) -> KvStats {
+        self.cache.stats()
     }
 }
 

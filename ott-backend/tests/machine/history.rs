@@ -1,0 +1,72 @@
+//! What a host may do, in any order.
+
+use proptest::prelude::*;
+
+use super::LAYERS;
+use crate::harness::Text;
+
+#[derive(Clone, Copy, Debug)]
+pub enum Op {
+    /// A prompt arrives; what is stored of it is hit.
+    Start {
+        text: usize,
+        tokens: usize,
+        pick: usize,
+    },
+    /// All whose prompts are not done compute so many tokens of them at most, in one step.
+    Prompt {
+        tokens: usize,
+    },
+    /// All others compute so many tokens in one step, and lose some of them again.
+    Decode {
+        tokens: usize,
+        rejected: usize,
+    },
+    /// A step of which the numbers of one layer are not finite.
+    Fail {
+        layer: usize,
+        prompt: bool,
+    },
+    /// A sequence's blocks are taken away.
+    Preempt {
+        who: usize,
+    },
+    /// What was preempted, or found no room, is computed anew.
+    Resume {
+        pick: usize,
+    },
+    End {
+        who: usize,
+    },
+    Reset,
+}
+
+pub fn op() -> impl Strategy<Value = Op> {
+    let tokens = prop_oneof![2 => 1usize..170, 1 => (1usize..5).prop_map(|i| 32 * i + 1)];
+    let start = (0usize..6, tokens, 0usize..4);
+    let prompt = prop_oneof![1usize..8, 20usize..170];
+    let decode = prop_oneof![4 => Just((1, 0)), 2 => (1usize..70, 0usize..33)];
+    prop_oneof![
+        5 => start.prop_map(|(text, tokens, pick)| Op::Start { text, tokens, pick }),
+        6 => prompt.prop_map(|tokens| Op::Prompt { tokens }),
+        9 => decode.prop_map(|(tokens, rejected)| Op::Decode { tokens, rejected }),
+        1 => (0..LAYERS - 1, any::<bool>()).prop_map(|(layer, prompt)| Op::Fail { layer, prompt }),
+        2 => (0usize..8).prop_map(|who| Op::Preempt { who }),
+        3 => (0usize..4).prop_map(|pick| Op::Resume { pick }),
+        3 => (0usize..8).prop_map(|who| Op::End { who }),
+        1 => Just(Op::Reset),
+    ]
+}
+
+/// Texts with common beginnings: whole blocks, part of one, nothing.
+pub fn texts(seed: u64) -> Vec<Text> {
+    let planted = [0, 17, 41, 70, 99, 130, 131, 180, 222];
+    let shrinks = [0.02, 0.3, 0.01, 0.005, 0.1, 0.002, 0.2, 0.001, 0.0005];
+    let outliers: Vec<_> = planted.into_iter().zip(shrinks).collect();
+    let text = Text::with_outliers(seed, &outliers);
+    let forks = [(32, 1), (64, 2), (75, 3), (128, 4)];
+    let mut texts: Vec<Text> = forks.map(|(at, i)| text.forked(at, seed + i)).into();
+    texts.push(Text::with_outliers(seed + 9, &outliers));
+    texts.push(text);
+    texts
+}

@@ -1,0 +1,121 @@
+//! A model of the cache, and random histories of a host against it: sequences that come, hit each
+//! other's blocks, grow in batches, lose drafted tokens, are preempted, fail and end, in a pool that
+//! is too small for them. After every operation each sequence reads back what the paper's rules say
+//! (`reference`), pages of one prefix are equal byte for byte, and the counts of pages, chunks and
+//! traced tokens are the model's.
+
+mod harness;
+mod machine;
+mod pool;
+mod reference;
+
+use machine::{op, Machine, Op, Seen};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
+use reference::Rules;
+
+fn run(options: &str, rules: Rules, seed: u64, ops: &[Op]) -> Seen {
+    let mut machine = Machine::new(options, rules, seed);
+    ops.iter().for_each(|op| machine.apply(*op));
+    machine.come_to_rest();
+    machine.seen
+}
+
+const OPTIONS: &str = "group=32,residual=32,outliers=2,extra=3,clip=none";
+const LARGER: &str = "group=64,residual=32,outliers=2,extra=3,clip=none";
+const RULES: Rules = Rules {
+    group: 32,
+    residual: 32,
+    outliers: 2,
+    extra: 3,
+    ..Rules::PAPER
+};
+
+proptest! {
+    #![proptest_config(harness::proptest_config())]
+
+    #[test]
+    fn any_history(seed in 0u64..1000, ops in vec(op(), 1..50)) {
+        run(OPTIONS, RULES, seed, &ops);
+    }
+
+    /// A group is sealed as soon as it is full.
+    #[test]
+    fn any_history_without_a_window(seed in 0u64..1000, ops in vec(op(), 1..50)) {
+        let rules = Rules { residual: 0, ..RULES };
+        run("group=32,residual=0,outliers=2,extra=3,clip=none", rules, seed, &ops);
+    }
+
+    /// Blocks of several chunks.
+    #[test]
+    fn any_history_of_larger_groups(seed in 0u64..1000, ops in vec(op(), 1..50)) {
+        let rules = Rules { group: 64, ..RULES };
+        run(LARGER, rules, seed, &ops);
+    }
+}
+
+/// Two sequences store the same beginning in blocks of their own, and a third hits some of each. When
+/// the first ends, what the third reads of it is there.
+#[test]
+fn a_hit_may_mix_the_blocks_of_two_sequences() {
+    let start = |text, tokens| Op::Start {
+        text,
+        tokens,
+        pick: 1,
+    };
+    let history = [
+        start(1, 90),
+        start(5, 40),
+        Op::Prompt { tokens: 64 },
+        start(1, 65),
+        Op::End { who: 0 },
+        Op::Prompt { tokens: 1 },
+        Op::Decode {
+            tokens: 1,
+            rejected: 0,
+        },
+    ];
+    run(OPTIONS, RULES, 3, &history);
+}
+
+/// One sequence more than the window was sized for: rows that grow come before one that shrinks. The
+/// step is refused as a whole.
+#[test]
+fn a_step_without_room_changes_nothing() {
+    let start = |tokens| Op::Start {
+        text: 0,
+        tokens,
+        pick: 0,
+    };
+    let history = [
+        start(12),
+        start(44),
+        start(12),
+        start(139),
+        Op::Prompt { tokens: 139 },
+        Op::Decode {
+            tokens: 21,
+            rejected: 0,
+        },
+    ];
+    let rules = Rules { group: 64, ..RULES };
+    assert_eq!(run(LARGER, rules, 0, &history)["no room for the window"], 1);
+}
+
+/// The histories above reach what they are for.
+#[test]
+fn histories_reach_every_corner() {
+    let mut runner = TestRunner::deterministic();
+    let mut seen = Seen::new();
+    for seed in 0..60 {
+        let ops = vec(op(), 30..50).new_tree(&mut runner).unwrap().current();
+        for (what, times) in run(OPTIONS, RULES, seed, &ops) {
+            *seen.entry(what).or_default() += times;
+        }
+    }
+    println!("{seen:?}");
+    assert_eq!(seen.len(), 9);
+    assert!(seen.values().all(|times| *times >= 3), "{seen:?}");
+}
