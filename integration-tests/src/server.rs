@@ -1,6 +1,6 @@
 //! The real `mistralrs-server` on a loopback port.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -67,6 +67,17 @@ impl Server {
         Self::run(command, port)
     }
 
+    /// Start the server that has the toy backends, with a model and more arguments.
+    pub fn start_toys(model: &Path, more: &[&str]) -> Result<Self> {
+        let port = free_port()?;
+        let mut command = Command::new(program("serve-toys")?);
+        command
+            .args(["-p", &port.to_string(), "--model"])
+            .arg(model)
+            .args(more);
+        Self::run(command, port)
+    }
+
     /// Start a server that will listen on `port`, and wait until it answers.
     pub fn run(mut command: Command, port: u16) -> Result<Self> {
         let mut child = command
@@ -88,33 +99,110 @@ impl Server {
         Ok(Self { child, port })
     }
 
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The port on the loopback device.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Whether the process runs.
+    ///
+    /// # Errors
+    /// If the system does not tell.
+    pub fn is_alive(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.port)
+    }
+
     /// GET a path; the answer's JSON.
     pub fn get(&self, path: &str) -> Result<Value> {
-        let url = format!("http://127.0.0.1:{}{path}", self.port);
-        Ok(ureq::get(&url).call()?.body_mut().read_json()?)
+        expect_ok(self.get_any(path)?)
     }
 
     /// POST JSON to a path; the answer's JSON.
     pub fn post(&self, path: &str, body: &Value) -> Result<Value> {
-        let url = format!("http://127.0.0.1:{}{path}", self.port);
-        Ok(ureq::post(&url).send_json(body)?.body_mut().read_json()?)
+        expect_ok(self.post_any(path, body)?)
+    }
+
+    /// GET a path; status and JSON, or text as JSON.
+    pub fn get_any(&self, path: &str) -> Result<(u16, Value)> {
+        status_and_json(agent().get(self.url(path)).call()?)
+    }
+
+    /// POST JSON to a path; status and JSON, or text as JSON.
+    pub fn post_any(&self, path: &str, body: &Value) -> Result<(u16, Value)> {
+        status_and_json(agent().post(self.url(path)).send_json(body)?)
+    }
+
+    /// POST bytes that may be no JSON; status and JSON, or text as JSON.
+    pub fn post_bytes(&self, path: &str, body: &[u8]) -> Result<(u16, Value)> {
+        let request = agent()
+            .post(self.url(path))
+            .content_type("application/json");
+        status_and_json(request.send(body)?)
     }
 
     /// POST JSON to a path and collect the streamed events.
     pub fn stream(&self, path: &str, body: &Value) -> Result<Vec<Value>> {
-        let url = format!("http://127.0.0.1:{}{path}", self.port);
-        let reader: Box<dyn Read> =
-            Box::new(ureq::post(&url).send_json(body)?.into_body().into_reader());
-        let mut events = Vec::new();
-        for line in BufReader::new(reader).lines() {
-            match line?.strip_prefix("data: ") {
-                Some("[DONE]") => break,
-                Some(event) => events.push(serde_json::from_str(event)?),
-                None => {}
-            }
-        }
-        Ok(events)
+        self.events(path, body)?.collect()
     }
+
+    /// POST JSON to a path; the streamed events as they come. To drop them is to hang up.
+    pub fn events(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> Result<impl Iterator<Item = Result<Value>> + use<>> {
+        let mut answer = agent().post(self.url(path)).send_json(body)?;
+        if answer.status() != 200 {
+            bail!(
+                "status {}: {}",
+                answer.status(),
+                answer.body_mut().read_to_string()?
+            );
+        }
+        let lines = BufReader::new(answer.into_body().into_reader()).lines();
+        let event = |line: std::io::Result<String>| match line {
+            Ok(line) => {
+                let event = line.strip_prefix("data: ").map(str::to_owned);
+                event.map(|event| Ok(serde_json::from_str(&event)?))
+            }
+            Err(error) => Some(Err(error.into())),
+        };
+        let is_more =
+            |line: &std::io::Result<String>| !matches!(line, Ok(line) if line == "data: [DONE]");
+        Ok(lines.take_while(is_more).filter_map(event))
+    }
+}
+
+/// How long any answer may take: longer is a hang.
+const HANG: Duration = Duration::from_secs(300);
+
+fn agent() -> ureq::Agent {
+    let config = ureq::Agent::config_builder()
+        .timeout_global(Some(HANG))
+        .http_status_as_error(false);
+    config.build().into()
+}
+
+fn status_and_json(mut answer: ureq::http::Response<ureq::Body>) -> Result<(u16, Value)> {
+    let text = answer.body_mut().read_to_string()?;
+    let json = serde_json::from_str(&text).unwrap_or(Value::String(text));
+    Ok((answer.status().as_u16(), json))
+}
+
+fn expect_ok((status, json): (u16, Value)) -> Result<Value> {
+    if status != 200 {
+        bail!("status {status}: {json}");
+    }
+    Ok(json)
 }
 
 impl Drop for Server {

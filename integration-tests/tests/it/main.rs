@@ -1,11 +1,15 @@
 //! The patched host with a real model: one binary, since each links the whole host.
 
+mod bed;
 mod cache;
+mod clients;
 mod faults;
+mod hostile;
 mod quality;
 mod refusals;
 mod refusals_api;
 mod server;
+mod telemetry;
 mod toy;
 mod untouched;
 mod ways_in;

@@ -1,6 +1,7 @@
 //! The tool on a host of one tiny crate: everything but the registry.
 
 mod checkout;
+mod documents;
 
 use std::fs;
 

@@ -1,0 +1,98 @@
+//! Many clients at once over HTTP, in a pool too small for all: `cargo soak` in short.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use integration_tests::bed::{Bed, Outcome, TIE};
+use integration_tests::model::smollm2;
+use integration_tests::server::Server;
+
+use crate::alone;
+
+const BED: Bed = Bed {
+    seed: 1,
+    distinct: 8,
+    requests: 30,
+    time: Duration::from_secs(120),
+    clients: 8,
+    judged_tokens: usize::MAX,
+    budget: TIE,
+};
+
+fn run(bed: &Bed, server: &Server) -> Result<Outcome> {
+    let outcome = bed.run(server)?;
+    println!("{outcome:#?}");
+    assert!(outcome.wrong.is_empty(), "{:#?}", outcome.wrong);
+    assert!(outcome.judged * 2 > outcome.ties, "{} ties", outcome.ties);
+    assert_eq!(outcome.report["failed_steps"], 0);
+    Ok(outcome)
+}
+
+/// Every answer is what it is alone, also of sequences that were preempted or hit the blocks of others.
+#[test]
+fn a_storm_on_a_small_pool_in_full_precision() -> Result<()> {
+    let _alone = alone();
+    let options = [
+        "--kv-cache",
+        "toy-f32:block=16",
+        "--pa-context-len",
+        "640",
+        "--max-seqs",
+        "6",
+    ];
+    let server = Server::start_toys(&smollm2()?, &options)?;
+    let outcome = run(&BED, &server)?;
+    for what in ["preempted", "evicted_blocks", "hit_tokens"] {
+        let times = outcome.report[what].as_u64();
+        assert!(times > Some(0), "{what}: {times:?}");
+    }
+    Ok(())
+}
+
+/// Who runs beside a sequence changes nothing of what is stored of it.
+#[test]
+fn a_storm_on_quantized_pages() -> Result<()> {
+    let _alone = alone();
+    let options = [
+        "--kv-cache",
+        "ott:group=32",
+        "--pa-context-len",
+        "4096",
+        "--max-seqs",
+        "4",
+        "--prefix-cache-n",
+        "0",
+    ];
+    let server = Server::start(&smollm2()?, &options)?;
+    let bed = Bed { seed: 2, ..BED };
+    let outcome = run(&bed, &server)?;
+    assert_eq!(outcome.judged, outcome.answered);
+    assert_eq!(outcome.report["evicted_blocks"], 0, "the pool holds all");
+    Ok(())
+}
+
+/// With hits, preemption and eviction, everything is answered, and what stays in the window is as alone.
+#[test]
+fn a_storm_on_a_small_pool_of_quantized_pages() -> Result<()> {
+    let _alone = alone();
+    let options = [
+        "--kv-cache",
+        "ott:group=32",
+        "--pa-context-len",
+        "512",
+        "--max-seqs",
+        "6",
+    ];
+    let server = Server::start(&smollm2()?, &options)?;
+    let bed = Bed {
+        seed: 3,
+        judged_tokens: 31,
+        ..BED
+    };
+    let outcome = run(&bed, &server)?;
+    for what in ["preempted", "evicted_blocks", "hit_tokens"] {
+        let times = outcome.report[what].as_u64();
+        assert!(times > Some(0), "{what}: {times:?}");
+    }
+    Ok(())
+}

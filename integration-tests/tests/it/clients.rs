@@ -1,0 +1,82 @@
+//! Clients that people use: the official OpenAI library for Python, and curl.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{ensure, Result};
+use integration_tests::bed::at_rest;
+use integration_tests::model::smollm2;
+use integration_tests::server::Server;
+
+use crate::alone;
+
+const OPTIONS: [&str; 4] = ["--kv-cache", "ott:group=32", "--pa-context-len", "1024"];
+
+/// A Python that has the client, made once; `None` where there is no Python or no registry.
+fn python() -> Option<PathBuf> {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("openai-client");
+    let python = folder.join("bin/python");
+    let works = |args: &[&str]| run(Command::new(&python).args(args)).is_ok();
+    if works(&["-c", "import openai"]) {
+        return Some(python);
+    }
+    run(Command::new("python3").args(["-m", "venv"]).arg(&folder)).ok()?;
+    works(&["-m", "pip", "install", "--quiet", "openai>=1.50,<3"]).then_some(python)
+}
+
+fn run(command: &mut Command) -> Result<Output> {
+    let output = command.output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {error}");
+    Ok(output)
+}
+
+#[test]
+fn the_openai_client_for_python() -> Result<()> {
+    let _alone = alone();
+    let Some(python) = python() else {
+        eprintln!(
+            "SKIPPED: the OpenAI client for Python cannot be installed here, so it was not tried"
+        );
+        return Ok(());
+    };
+    let server = Server::start(&smollm2()?, &OPTIONS)?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/chat.py");
+    let url = format!("http://127.0.0.1:{}/v1", server.port());
+    let output = run(Command::new(python).arg(script).arg(url))?;
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    at_rest(&server)?;
+    Ok(())
+}
+
+#[test]
+fn curl() -> Result<()> {
+    let _alone = alone();
+    if run(Command::new("curl").arg("--version")).is_err() {
+        eprintln!("SKIPPED: there is no curl here");
+        return Ok(());
+    }
+    let server = Server::start(&smollm2()?, &OPTIONS)?;
+    let curl = |path: &str, more: &[&str]| -> Result<String> {
+        let url = format!("http://127.0.0.1:{}{path}", server.port());
+        let output = run(Command::new("curl")
+            .args(["-sS", "--max-time", "120"])
+            .args(more)
+            .arg(url))?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let json = ["-H", "Content-Type: application/json", "-d"];
+    let body =
+        r#"{"model": "default", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}"#;
+    let answer = curl("/v1/chat/completions", &[&json[..], &[body]].concat())?;
+    ensure!(answer.contains(r#""object":"chat.completion""#), "{answer}");
+    let streamed = body.replace("\"max", "\"stream\": true, \"max");
+    let events = curl(
+        "/v1/chat/completions",
+        &[&["-N"], &json[..], &[&streamed]].concat(),
+    )?;
+    ensure!(events.trim_end().ends_with("data: [DONE]"), "{events}");
+    ensure!(curl("/metrics", &[])?.contains("kv_cache_steps_total"));
+    ensure!(curl("/v1/kv_cache", &[])?.contains(r#""object":"kv_cache""#));
+    Ok(())
+}
