@@ -5,6 +5,7 @@ mod check;
 mod freshness;
 mod git;
 mod models;
+mod nvcc;
 mod patch;
 mod program;
 mod project;
@@ -39,6 +40,7 @@ cargo demo [ARGS]            Fetch a small model, build, and answer with and wit
 cargo bench-kv [ARGS]        How fast a decoded token reads its past: other caches beside ours, in one run.
 cargo eval-kv [ARGS]         How far a cache moves a model's answers from full precision, other caches beside ours.
 cargo soak [ARGS]            Many clients against the server for an hour; `--minutes N` for another time.
+cargo fetch-nvcc             Fetch the CUDA compiler, for machines without one; says what CUDA_HOME to set.
 cargo run --release --package ott-patches -- check    Only the patches.
 
 Builds of the host and models are kept in OTT_CACHE_DIR (default: ott-mistralrs in your cache folder).
@@ -75,6 +77,7 @@ fn run() -> Result<()> {
         ("refresh", []) => refresh::refresh(&project, None),
         ("refresh", ["--patch", name]) => refresh::refresh(&project, Some(name)),
         ("check", []) => check::check(&project),
+        ("fetch-nvcc", []) => nvcc::fetch(),
         ("verify", []) => verify::verify(&project, false),
         ("verify", ["fast"]) => verify::verify(&project, true),
         (task, _) if program::is_program(task) => program::program(&project, task, &args[1..]),

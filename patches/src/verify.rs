@@ -5,6 +5,7 @@ use anyhow::Result;
 use crate::check::check;
 use crate::freshness;
 use crate::models;
+use crate::nvcc;
 use crate::program::program;
 use crate::project::Project;
 use crate::setup::setup;
@@ -45,6 +46,7 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
         ];
         run("cargo clippy", cargo_root(project, &args)?)
     })?;
+    steps.step("CUDA kernels, compiled", || nvcc::check_kernels(project))?;
     steps.step("unit tests", || {
         run(
             "cargo test",

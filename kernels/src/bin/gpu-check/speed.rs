@@ -26,6 +26,7 @@ const RUNS: usize = 15;
 pub fn run(kernels: &Kernels, quick: bool, only: Option<[usize; 4]>) -> Result<Value> {
     if let Some([dim, ratio, batch, depth]) = only {
         let cell = cell(kernels, "", dim, 8, ratio, batch, depth)?;
+        println!("{:.1} us", cell.median * 1e6);
         return Ok(json!({ "seconds": cell.median }));
     }
     let copy = copy_bandwidth(kernels.stream())?;
