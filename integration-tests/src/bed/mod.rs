@@ -129,7 +129,10 @@ impl Bed {
         match answer {
             Err(error) => wrong(format!("no answer: {error:#}")),
             Ok(_) if expected.tokens > self.judged_tokens => lock().answered += 1,
-            Ok(answer) => {
+            Ok(mut answer) => {
+                if streamed && ask.has_stop_words() {
+                    answer.cut_at_the_end_of(expected);
+                }
                 let verdict = agree(expected, &answer, self.budget);
                 let mut outcome = lock();
                 outcome.answered += 1;

@@ -12,7 +12,7 @@ use crate::alone;
 const BED: Bed = Bed {
     seed: 1,
     distinct: 8,
-    requests: 30,
+    requests: 24,
     time: Duration::from_secs(120),
     clients: 8,
     judged_tokens: usize::MAX,

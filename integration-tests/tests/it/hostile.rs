@@ -160,7 +160,7 @@ fn requests_no_sane_client_sends() -> Result<()> {
         (false, completion("", json!({}))),
         (false, completion("\u{0}\u{fffd}\u{202e}", json!({}))),
         (false, completion("x", json!({"n": 0}))),
-        (false, completion("x", json!({"logprobs": 1_000_000}))),
+        (false, completion("x", json!({"logprobs": 1000}))),
         (
             false,
             completion("x", json!({"logit_bias": {"5": 1e39, "4000000000": 1.0}})),
