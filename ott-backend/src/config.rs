@@ -14,6 +14,16 @@ pub enum Clip {
     Keys,
 }
 
+/// What is rotated before it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rotation {
+    /// Nothing (the paper).
+    None,
+    /// Values, by a Hadamard matrix, so that no channel stretches a token's range; see
+    /// [`rotate`](crate::rotate).
+    Values,
+}
+
 /// Settings of the cache. [`OttConfig::parse`] makes valid ones; after setting fields by hand, ask
 /// [`OttConfig::validate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,13 +44,21 @@ pub struct OttConfig {
     pub exempt_layers: usize,
     /// Range search.
     pub clip: Clip,
+    /// Basis of stored values.
+    pub rotation: Rotation,
+    /// Of every 64 key channels, how many get a third bit, 0 to 32: in each page those that two bits
+    /// serve worst (Kitty, arXiv 2511.18643). Only with 2-bit keys.
+    pub boost: usize,
 }
 
 impl Default for OttConfig {
-    /// What measures best at 2.5 page bits at most: the paper with clipped key ranges.
+    /// What measures best at 2.5 page bits at most (docs/quality.md): the paper with clipped key
+    /// ranges, rotated values, and a third bit for three sixteenths of the key channels.
     fn default() -> Self {
         Self {
             clip: Clip::Keys,
+            rotation: Rotation::Values,
+            boost: 12,
             ..Self::paper()
         }
     }
@@ -58,6 +76,8 @@ impl OttConfig {
             extra: 32,
             exempt_layers: 2,
             clip: Clip::None,
+            rotation: Rotation::None,
+            boost: 0,
         }
     }
 
@@ -103,6 +123,14 @@ impl OttConfig {
                 why: "`bits` sets both k_bits and v_bits: give it alone, or give those two",
             });
         }
+        if config.k_bits != 2 {
+            if given("boost") && config.boost > 0 {
+                return Err(Error::Contradiction {
+                    why: "`boost` gives 2-bit keys a third bit: leave it out, or set k_bits to 2",
+                });
+            }
+            config.boost = 0;
+        }
         if config.outliers == 0 {
             if given("extra") || given("exempt_layers") {
                 return Err(Error::Contradiction {
@@ -138,6 +166,8 @@ impl OttConfig {
         check(residual, "residual", self.residual, "a multiple of 32")?;
         check(self.outliers <= 16, "outliers", self.outliers, "0 to 16")?;
         check(self.extra <= 254, "extra", self.extra, "0 to 254")?;
+        let most = if self.k_bits == 2 { 32 } else { 0 };
+        check(self.boost <= most, "boost", self.boost, BOOST)?;
         if self.residual > self.group_size {
             return Err(Error::ResidualTooLong {
                 residual: self.residual,
@@ -153,6 +183,11 @@ impl OttConfig {
             true => 0,
             false => self.outliers,
         }
+    }
+
+    /// Key channels of a head of `k_dim` that get a third bit.
+    pub fn boosted(&self, k_dim: usize) -> usize {
+        self.boost * k_dim / 64
     }
 
     fn preset(name: &str, position: usize) -> Result<Self> {
@@ -193,6 +228,14 @@ impl OttConfig {
                     _ => return Err(bad(name, value, "none or k")),
                 }
             }
+            "rotate" => {
+                self.rotation = match value {
+                    "none" => Rotation::None,
+                    "v" => Rotation::Values,
+                    _ => return Err(bad(name, value, "none or v")),
+                }
+            }
+            "boost" => self.boost = number(name, value, BOOST)?,
             _ => {
                 return Err(Error::UnknownOption {
                     option: name.into(),
@@ -213,6 +256,7 @@ impl OttConfig {
 }
 
 const BITS: &str = "2, 3, 4 or 8";
+const BOOST: &str = "0 to 32 with k_bits=2, else 0";
 
 fn number<T: FromStr>(name: &str, value: &str, takes: &'static str) -> Result<T> {
     value.parse().map_err(|_| bad(name, value, takes))
@@ -244,7 +288,15 @@ impl fmt::Display for OttConfig {
         f.write_str(match self.clip {
             Clip::None => ",clip=none",
             Clip::Keys => ",clip=k",
-        })
+        })?;
+        f.write_str(match self.rotation {
+            Rotation::None => ",rotate=none",
+            Rotation::Values => ",rotate=v",
+        })?;
+        match self.k_bits {
+            2 => write!(f, ",boost={}", self.boost),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -268,6 +320,8 @@ mod tests {
             "bits=4",
             "k_bits=3",
             "group=32,residual=0",
+            "boost=32,rotate=none",
+            "paper,boost=1",
         ] {
             let config = OttConfig::parse(options).expect("valid");
             assert_eq!(
@@ -318,6 +372,9 @@ mod tests {
             "outliers=17",
             "extra=255",
             "clip=v",
+            "rotate=k",
+            "boost=33",
+            "bits=4,boost=8",
             "bits=2,k_bits=3",
             "kivi,extra=8",
             "paper,",

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::cache::{Cache, Element, LayerSpec};
-use crate::config::{Clip, OttConfig};
+use crate::config::{Clip, OttConfig, Rotation};
 use crate::cpu::CpuOps;
 use crate::error::Result;
 use crate::layout::PageLayout;
@@ -112,9 +112,17 @@ impl fmt::Display for Report<'_> {
             Clip::None => "",
             Clip::Keys => ", key ranges clipped",
         };
+        let rotation = match c.rotation {
+            Rotation::None => "",
+            Rotation::Values => ", values rotated",
+        };
+        let boost = match c.boost {
+            0 => String::new(),
+            n => format!(", a third bit for {n} of 64 key channels"),
+        };
         writeln!(
             f,
-            "OTT cache: keys at {} bits, values at {} ({:.2} with scales){clip}, in groups of {} tokens",
+            "OTT cache: keys at {} bits, values at {} ({:.2} with scales){clip}{boost}{rotation}, in groups of {} tokens",
             c.k_bits, c.v_bits, self.page_bits, c.group_size
         )?;
         write!(

@@ -52,6 +52,7 @@ impl OttProvider {
         let backend = Arc::new(OttBackend {
             cache: Arc::new(Cache::new(specs, num_blocks, shape.max_seqs)),
             group_size: config.group_size,
+            rotation: config.rotation,
             num_heads: shape.layers.iter().map(|l| l.num_heads).collect(),
             description,
         });
