@@ -346,12 +346,12 @@ mod tests {
         .map(|options| format!("{options:18} -> {}", parsed(options)))
         .collect();
         insta::assert_snapshot!(table.join("\n"), @r#"
-                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
-        paper              -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=none
-        kivi               -> k_bits=2,v_bits=2,group=128,residual=128,outliers=0,clip=none
-        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
-        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
-        kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none
+                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
+        paper              -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
+        kivi               -> k_bits=2,v_bits=2,group=128,residual=128,outliers=0,clip=none,rotate=none,boost=0
+        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
+        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
+        kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
         "#);
     }
 
@@ -402,10 +402,13 @@ mod tests {
         outliers=17          -> `outliers=17`: outliers takes 0 to 16
         extra=255            -> `extra=255`: extra takes 0 to 254
         clip=v               -> `clip=v`: clip takes none or k
+        rotate=k             -> `rotate=k`: rotate takes none or v
+        boost=33             -> `boost=33`: boost takes 0 to 32 with k_bits=2, else 0
+        bits=4,boost=8       -> `boost` gives 2-bit keys a third bit: leave it out, or set k_bits to 2
         bits=2,k_bits=3      -> `bits` sets both k_bits and v_bits: give it alone, or give those two
         kivi,extra=8         -> without outliers nothing is traced: leave extra and exempt_layers out, or set outliers to 1 or more
         paper,               -> the ott cache has no option ``
         "#);
-        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), each once, as name=value, separated by commas)");
+        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), rotate (none or v), boost (0 to 32, with 2-bit keys), each once, as name=value, separated by commas)");
     }
 }

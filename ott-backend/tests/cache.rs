@@ -360,7 +360,7 @@ fn clipped_keys_are_nearer() {
             .collect();
         (host.past(&s, 2).unwrap(), original)
     };
-    let ((clipped, original), (full, _)) = (stored(""), stored("paper"));
+    let ((clipped, original), (full, _)) = (stored("paper,clip=k"), stored("paper"));
     for h in 0..2 {
         let error = |past: &[Token]| -> f64 {
             let keys = past.iter().zip(&original[h]);
