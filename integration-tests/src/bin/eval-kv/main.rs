@@ -37,8 +37,8 @@ struct Args {
     #[arg(
         long,
         value_delimiter = ';',
-        default_value = "host;fp8;turboquant4;q4_0;turboquant3;ott;ott:paper;ott:kivi;ott:outliers=0;ott:k_bits=3;\
-                         ott:bits=3;ott:bits=4"
+        default_value = "f16;fp8;turboquant4;q4_0;turboquant3;ott;ott:paper;ott:kivi;ott:outliers=0;ott:paper,outliers=0;\
+                         ott:k_bits=3;ott:bits=3;ott:bits=4"
     )]
     specs: Vec<String>,
     /// How texts are read.

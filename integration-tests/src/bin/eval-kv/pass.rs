@@ -17,7 +17,8 @@ use mistralrs_kv_backend::{
 use ott_backend::attention::{decode, Queries};
 use ott_backend::cache::{Cache, LayerSpec, Row, Tokens};
 use ott_backend::prompt::{attend, NewTokens, Scores};
-use ott_backend::{CpuOps, OttConfig, PageLayout};
+use ott_backend::rotate::rotate;
+use ott_backend::{CpuOps, Element, OttConfig, PageLayout, Rotation};
 
 use crate::codec::Codec;
 
@@ -217,7 +218,17 @@ impl<'a> Text<'a> {
     ) -> anyhow::Result<Vec<f32>> {
         let (cache, table) = self.cache(config)?;
         let (num_heads, k_dim, v_dim) = (q.dim(1)?, q.dim(3)?, v.dim(3)?);
-        let (q, k, v) = (numbers(q)?, numbers(k)?, numbers(v)?);
+        let (q, k, mut v) = (numbers(q)?, numbers(k)?, numbers(v)?);
+        // What the seam does to values; this is below it.
+        let turned = config.rotation == Rotation::Values;
+        if turned {
+            let mut wide = vec![0f32; v_dim];
+            for v in v.chunks_exact_mut(v_dim) {
+                f16::widen(v, &mut wide);
+                rotate(&mut wide);
+                f16::narrow(&wide, v);
+            }
+        }
         let mut out = vec![0f32; num_heads * self.tokens * v_dim];
         let mut past = 0;
         while past < self.tokens {
@@ -253,6 +264,9 @@ impl<'a> Text<'a> {
                 out[at..at + attended.len()].copy_from_slice(attended);
             }
             past += new;
+        }
+        if turned {
+            out.chunks_exact_mut(v_dim).for_each(rotate);
         }
         let mut held = held.lock().unwrap_or_else(PoisonError::into_inner);
         held.bytes += cache.allocated_bytes();

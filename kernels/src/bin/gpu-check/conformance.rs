@@ -189,9 +189,21 @@ impl Number for f32 {
     }
 }
 
+/// What the kernels serve: they know neither third bits nor rotated values yet.
+pub fn served(options: &str) -> Result<OttConfig> {
+    let config = OttConfig::parse(options)?;
+    let rest = match config.k_bits {
+        2 => ["boost=0", "rotate=none"].as_slice(),
+        _ => &["rotate=none"],
+    };
+    let options = options.split(',').filter(|o| !o.is_empty());
+    let options: Vec<&str> = options.chain(rest.iter().copied()).collect();
+    Ok(OttConfig::parse(&options.join(","))?)
+}
+
 /// A layer that traces, or would.
 fn spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
-    let config = OttConfig::parse(options)?;
+    let config = served(options)?;
     Ok(LayerSpec {
         layer: 5,
         config,

@@ -7,7 +7,7 @@ use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptu
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::f16;
 use ott_backend::cache::LayerSpec;
-use ott_backend::{CpuOps, OttConfig, PageLayout};
+use ott_backend::{CpuOps, PageLayout};
 use ott_kernels::abi::{Fresh, Query};
 use ott_kernels::blocks::{Blocks, Step};
 use ott_kernels::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
@@ -81,7 +81,7 @@ fn cell(
     depth: usize,
 ) -> Result<Cell> {
     let stream = kernels.stream();
-    let config = OttConfig::parse(options)?;
+    let config = crate::conformance::served(options)?;
     let spec = LayerSpec {
         layer: 5,
         config,
