@@ -8,6 +8,7 @@ use anyhow::{bail, Context, Result};
 use candle_core::quantized::gguf_file::{self, Content, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::Device;
+use ott_backend::report::ModelShape;
 
 /// SmolLM2-135M-Instruct as the Python registry carries it (llama, 30 layers, 9/3 heads of 64).
 pub const SMOLLM2: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -52,17 +53,34 @@ pub fn fast(path: &Path) -> Result<PathBuf> {
     {
         return Ok(path.to_owned());
     }
-    let copy = path.with_extension("Q8_0.gguf");
+    converted(path, GgmlDType::Q8_0)
+}
+
+/// A copy of `path` beside it whose weights are f32, made once. With quantized weights the host rounds activations
+/// to 8 bits before each matmul, which moves answers as much as a 4-bit cache does.
+pub fn exact(path: &Path) -> Result<PathBuf> {
+    converted(path, GgmlDType::F32)
+}
+
+fn converted(path: &Path, dtype: GgmlDType) -> Result<PathBuf> {
+    let copy = path.with_extension(format!("{dtype:?}.gguf"));
     if !copy.exists() {
-        eprintln!("Converting {} to 8-bit weights (once)", path.display());
+        eprintln!("Converting {} to {dtype:?} weights (once)", path.display());
+        let mut reader = BufReader::new(File::open(path)?);
+        let content = Content::read(&mut reader)?;
         let partial = copy.with_extension(format!("partial-{}", std::process::id()));
-        requantize(&content, &mut reader, &partial)?;
+        convert(&content, &mut reader, &partial, dtype)?;
         std::fs::rename(&partial, &copy)?;
     }
     Ok(copy)
 }
 
-fn requantize(content: &Content, reader: &mut BufReader<File>, to: &Path) -> Result<()> {
+fn convert(
+    content: &Content,
+    reader: &mut BufReader<File>,
+    to: &Path,
+    dtype: GgmlDType,
+) -> Result<()> {
     let mut tensors = Vec::with_capacity(content.tensor_infos.len());
     for name in content.tensor_infos.keys() {
         let tensor = content.tensor(reader, name, &Device::Cpu)?;
@@ -72,7 +90,7 @@ fn requantize(content: &Content, reader: &mut BufReader<File>, to: &Path) -> Res
         );
         let tensor = match plain {
             true => tensor,
-            false => QTensor::quantize(&tensor.dequantize(&Device::Cpu)?, GgmlDType::Q8_0)?,
+            false => QTensor::quantize(&tensor.dequantize(&Device::Cpu)?, dtype)?,
         };
         tensors.push((name.as_str(), tensor));
     }
@@ -90,8 +108,8 @@ fn requantize(content: &Content, reader: &mut BufReader<File>, to: &Path) -> Res
     Ok(writer.flush()?)
 }
 
-/// Bytes of one token's keys and values in f16, all layers, from the file's metadata.
-pub fn f16_bytes_per_token(path: &Path) -> Result<usize> {
+/// The cache's shape, from the file's metadata.
+pub fn shape(path: &Path) -> Result<ModelShape> {
     let content = Content::read(&mut BufReader::new(File::open(path)?))?;
     let Some(Value::String(arch)) = content.metadata.get("general.architecture") else {
         bail!("{} names no architecture", path.display());
@@ -105,8 +123,18 @@ pub fn f16_bytes_per_token(path: &Path) -> Result<usize> {
         Ok(value.to_u32()? as usize)
     };
     let heads = number("attention.head_count")?;
-    let kv_heads = number("attention.head_count_kv").unwrap_or(heads);
-    let dim = number("attention.key_length")
-        .or_else(|_| anyhow::Ok(number("embedding_length")? / heads))?;
-    Ok(number("block_count")? * kv_heads * 2 * dim * 2)
+    let dim =
+        |key: &str| number(key).or_else(|_| anyhow::Ok(number("embedding_length")? / heads.max(1)));
+    Ok(ModelShape {
+        layers: number("block_count")?,
+        num_kv_heads: number("attention.head_count_kv").unwrap_or(heads),
+        k_dim: dim("attention.key_length")?,
+        v_dim: dim("attention.value_length")?,
+    })
+}
+
+/// Bytes of one token's keys and values in f16, all layers, from the file's metadata.
+pub fn f16_bytes_per_token(path: &Path) -> Result<usize> {
+    let shape = shape(path)?;
+    Ok(shape.layers * shape.num_kv_heads * (shape.k_dim + shape.v_dim) * 2)
 }

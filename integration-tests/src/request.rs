@@ -1,10 +1,12 @@
 //! Greedy requests of exact lengths to a running host. Built twice: with the patched host for our tests, and
 //! with the published one in `pristine`; so it knows nothing of cache backends.
 
+use std::sync::Arc;
+
 use anyhow::{bail, Context, Result};
 use mistralrs::{
-    CompletionResponse, DType, MistralRs, NormalRequest, Request, RequestMessage, Response,
-    SamplingParams, StopTokens,
+    CompletionResponse, CustomLogitsProcessor, DType, MistralRs, NormalRequest, Request,
+    RequestMessage, Response, SamplingParams, StopTokens, Tensor,
 };
 use tokio::sync::mpsc::channel;
 
@@ -47,8 +49,21 @@ pub async fn completion(
     prompt: Vec<u32>,
     max_len: usize,
 ) -> Result<CompletionResponse> {
-    match ask(host, prompt, max_len, false).await? {
+    match ask(host, prompt, max_len, Want::Tokens(None)).await? {
         Response::CompletionDone(done) => Ok(done),
+        _ => bail!("an answer of another kind came"),
+    }
+}
+
+/// Decode `max_len` tokens after these, each the likeliest of the logits that `processor` returns.
+pub async fn steered(
+    host: &MistralRs,
+    prompt: Vec<u32>,
+    max_len: usize,
+    processor: Arc<dyn CustomLogitsProcessor>,
+) -> Result<()> {
+    match ask(host, prompt, max_len, Want::Tokens(Some(processor))).await? {
+        Response::CompletionDone(_) => Ok(()),
         _ => bail!("an answer of another kind came"),
     }
 }
@@ -56,12 +71,17 @@ pub async fn completion(
 /// Logits of the positions of a prompt that the host computes, one row per token; those before a prefix hit
 /// are left out.
 pub async fn prompt_logits(host: &MistralRs, prompt: Vec<u32>) -> Result<Vec<Vec<f32>>> {
-    match ask(host, prompt, 0, true).await? {
+    let logits = prompt_tensor(host, prompt).await?;
+    Ok(logits.to_dtype(DType::F32)?.to_vec2()?)
+}
+
+/// The same as one tensor, `(tokens, vocabulary)`.
+pub async fn prompt_tensor(host: &MistralRs, prompt: Vec<u32>) -> Result<Tensor> {
+    match ask(host, prompt, 0, Want::Logits).await? {
         Response::Raw { logits_chunks, .. } => {
             let logits = logits_chunks.first().context("no logits came")?;
             let vocabulary = *logits.dims().last().context("logits have a shape")?;
-            let logits = logits.reshape(((), vocabulary))?;
-            Ok(logits.to_dtype(DType::F32)?.to_vec2()?)
+            Ok(logits.reshape(((), vocabulary))?)
         }
         _ => bail!("an answer of another kind came"),
     }
@@ -89,7 +109,15 @@ fn hash(words: impl Iterator<Item = u32>) -> u64 {
     })
 }
 
-async fn ask(host: &MistralRs, prompt: Vec<u32>, max_len: usize, raw: bool) -> Result<Response> {
+/// What a request is for.
+enum Want {
+    /// Tokens, of logits that may be changed first.
+    Tokens(Option<Arc<dyn CustomLogitsProcessor>>),
+    /// The prompt's logits.
+    Logits,
+}
+
+async fn ask(host: &MistralRs, prompt: Vec<u32>, max_len: usize, want: Want) -> Result<Response> {
     let (tx, mut rx) = channel(1);
     let sampling = SamplingParams {
         max_len: Some(max_len),
@@ -100,8 +128,13 @@ async fn ask(host: &MistralRs, prompt: Vec<u32>, max_len: usize, raw: bool) -> R
     let messages = RequestMessage::CompletionTokens(prompt);
     let id = host.next_request_id();
     let mut request = NormalRequest::new_simple(messages, sampling, tx, id, None, None);
-    request.return_logprobs = !raw;
-    request.return_raw_logits = raw;
+    match want {
+        Want::Tokens(processor) => {
+            request.return_logprobs = true;
+            request.logits_processors = processor.map(|processor| vec![processor]);
+        }
+        Want::Logits => request.return_raw_logits = true,
+    }
     let request = Request::Normal(Box::new(request));
     host.get_sender(None)?.send(request).await?;
     match rx.recv().await.context("the engine hung up")? {

@@ -14,6 +14,16 @@ pub enum Clip {
     Keys,
 }
 
+/// What is rotated before it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rotation {
+    /// Nothing (the paper).
+    None,
+    /// Values, by a Hadamard matrix, so that no channel stretches a token's range; see
+    /// [`rotate`](crate::rotate).
+    Values,
+}
+
 /// Settings of the cache. [`OttConfig::parse`] makes valid ones; after setting fields by hand, ask
 /// [`OttConfig::validate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,13 +44,21 @@ pub struct OttConfig {
     pub exempt_layers: usize,
     /// Range search.
     pub clip: Clip,
+    /// Basis of stored values.
+    pub rotation: Rotation,
+    /// Of every 64 key channels, how many get a third bit, 0 to 32: in each page those that two bits
+    /// serve worst (Kitty, arXiv 2511.18643). Only with 2-bit keys.
+    pub boost: usize,
 }
 
 impl Default for OttConfig {
-    /// What measures best at 2.5 page bits at most: the paper with clipped key ranges.
+    /// What measures best at 2.5 page bits at most (docs/quality.md): the paper with clipped key
+    /// ranges, rotated values, and a third bit for three sixteenths of the key channels.
     fn default() -> Self {
         Self {
             clip: Clip::Keys,
+            rotation: Rotation::Values,
+            boost: 12,
             ..Self::paper()
         }
     }
@@ -58,6 +76,8 @@ impl OttConfig {
             extra: 32,
             exempt_layers: 2,
             clip: Clip::None,
+            rotation: Rotation::None,
+            boost: 0,
         }
     }
 
@@ -103,6 +123,14 @@ impl OttConfig {
                 why: "`bits` sets both k_bits and v_bits: give it alone, or give those two",
             });
         }
+        if config.k_bits != 2 {
+            if given("boost") && config.boost > 0 {
+                return Err(Error::Contradiction {
+                    why: "`boost` gives 2-bit keys a third bit: leave it out, or set k_bits to 2",
+                });
+            }
+            config.boost = 0;
+        }
         if config.outliers == 0 {
             if given("extra") || given("exempt_layers") {
                 return Err(Error::Contradiction {
@@ -138,6 +166,8 @@ impl OttConfig {
         check(residual, "residual", self.residual, "a multiple of 32")?;
         check(self.outliers <= 16, "outliers", self.outliers, "0 to 16")?;
         check(self.extra <= 254, "extra", self.extra, "0 to 254")?;
+        let most = if self.k_bits == 2 { 32 } else { 0 };
+        check(self.boost <= most, "boost", self.boost, BOOST)?;
         if self.residual > self.group_size {
             return Err(Error::ResidualTooLong {
                 residual: self.residual,
@@ -153,6 +183,11 @@ impl OttConfig {
             true => 0,
             false => self.outliers,
         }
+    }
+
+    /// Key channels of a head of `k_dim` that get a third bit.
+    pub fn boosted(&self, k_dim: usize) -> usize {
+        self.boost * k_dim / 64
     }
 
     fn preset(name: &str, position: usize) -> Result<Self> {
@@ -193,6 +228,14 @@ impl OttConfig {
                     _ => return Err(bad(name, value, "none or k")),
                 }
             }
+            "rotate" => {
+                self.rotation = match value {
+                    "none" => Rotation::None,
+                    "v" => Rotation::Values,
+                    _ => return Err(bad(name, value, "none or v")),
+                }
+            }
+            "boost" => self.boost = number(name, value, BOOST)?,
             _ => {
                 return Err(Error::UnknownOption {
                     option: name.into(),
@@ -213,6 +256,7 @@ impl OttConfig {
 }
 
 const BITS: &str = "2, 3, 4 or 8";
+const BOOST: &str = "0 to 32 with k_bits=2, else 0";
 
 fn number<T: FromStr>(name: &str, value: &str, takes: &'static str) -> Result<T> {
     value.parse().map_err(|_| bad(name, value, takes))
@@ -244,7 +288,15 @@ impl fmt::Display for OttConfig {
         f.write_str(match self.clip {
             Clip::None => ",clip=none",
             Clip::Keys => ",clip=k",
-        })
+        })?;
+        f.write_str(match self.rotation {
+            Rotation::None => ",rotate=none",
+            Rotation::Values => ",rotate=v",
+        })?;
+        match self.k_bits {
+            2 => write!(f, ",boost={}", self.boost),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -268,6 +320,8 @@ mod tests {
             "bits=4",
             "k_bits=3",
             "group=32,residual=0",
+            "boost=32,rotate=none",
+            "paper,boost=1",
         ] {
             let config = OttConfig::parse(options).expect("valid");
             assert_eq!(
@@ -292,12 +346,12 @@ mod tests {
         .map(|options| format!("{options:18} -> {}", parsed(options)))
         .collect();
         insta::assert_snapshot!(table.join("\n"), @r#"
-                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
-        paper              -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=none
-        kivi               -> k_bits=2,v_bits=2,group=128,residual=128,outliers=0,clip=none
-        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
-        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k
-        kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none
+                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
+        paper              -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
+        kivi               -> k_bits=2,v_bits=2,group=128,residual=128,outliers=0,clip=none,rotate=none,boost=0
+        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
+        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
+        kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
         "#);
     }
 
@@ -318,6 +372,9 @@ mod tests {
             "outliers=17",
             "extra=255",
             "clip=v",
+            "rotate=k",
+            "boost=33",
+            "bits=4,boost=8",
             "bits=2,k_bits=3",
             "kivi,extra=8",
             "paper,",
@@ -345,10 +402,13 @@ mod tests {
         outliers=17          -> `outliers=17`: outliers takes 0 to 16
         extra=255            -> `extra=255`: extra takes 0 to 254
         clip=v               -> `clip=v`: clip takes none or k
+        rotate=k             -> `rotate=k`: rotate takes none or v
+        boost=33             -> `boost=33`: boost takes 0 to 32 with k_bits=2, else 0
+        bits=4,boost=8       -> `boost` gives 2-bit keys a third bit: leave it out, or set k_bits to 2
         bits=2,k_bits=3      -> `bits` sets both k_bits and v_bits: give it alone, or give those two
         kivi,extra=8         -> without outliers nothing is traced: leave extra and exempt_layers out, or set outliers to 1 or more
         paper,               -> the ott cache has no option ``
         "#);
-        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), each once, as name=value, separated by commas)");
+        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), rotate (none or v), boost (0 to 32, with 2-bit keys), each once, as name=value, separated by commas)");
     }
 }

@@ -5,13 +5,14 @@
 //!
 //! ```text
 //! page   | head 0 | head 1 | ...                          heads x head_bytes
-//! head   | k_codes | k_scale | k_min | v_codes | v_scale | v_min | trace |
+//! head   | k_codes | k_scale | k_min | v_codes | v_scale | v_min | trace | k_high | k_boosted |
 //!
 //! k_codes  (k_dim, G)          packed along tokens, one channel after the other
 //! k_scale  (k_dim) f16         k_min  (k_dim) f16
 //! v_codes  (G, v_dim)          packed along channels, one token after the other
 //! v_scale  (v_groups, G) f16   v_min  (v_groups, G) f16
 //! trace    pool (N) f32 | slots (N) u8 | extra u8 | padding to 16   absent if N is 0
+//! k_high   (M, G) bits         k_boosted  (M) u16    absent if M is 0
 //! ```
 //!
 //! Numbers are little-endian. Every section starts at a multiple of 16 bytes.
@@ -68,6 +69,12 @@ pub struct PageLayout {
     pub slots: Range<usize>,
     /// Offset of the number of tokens displaced from the pool up to this page, or [`STOPPED`].
     pub extra: usize,
+    /// M: key channels with a third bit.
+    pub boosted: usize,
+    /// Their third bits, packed along tokens like the high bits of 3-bit codes.
+    pub k_high: Range<usize>,
+    /// Which they are, ascending, one u16 each.
+    pub k_boosted: Range<usize>,
     /// Bytes of one head's part.
     pub head_bytes: usize,
 }
@@ -103,10 +110,13 @@ impl PageLayout {
         let v_codes = section(group * packed_len(v_dim, config.v_bits));
         let v_scale = section(v_dim.div_ceil(V_GROUP) * group * 2);
         let v_min = section(v_dim.div_ceil(V_GROUP) * group * 2);
-        let trace = match outliers {
-            0 => end..end,
-            n => section(n * 5 + 1),
-        };
+        let trace = section(match outliers {
+            0 => 0,
+            n => n * 5 + 1,
+        });
+        let boosted = config.boosted(k_dim);
+        let k_high = section(boosted * packed_len(group, 1));
+        let k_boosted = section(boosted * 2);
         let pool = trace.start..trace.start + outliers * 4;
         let slots = pool.end..pool.end + outliers;
         Ok(Self {
@@ -126,6 +136,9 @@ impl PageLayout {
             extra: slots.end,
             pool,
             slots,
+            boosted,
+            k_high,
+            k_boosted,
             head_bytes: end,
         })
     }
@@ -164,6 +177,11 @@ impl PageLayout {
 /// The `index`-th f16 of a section of scales or mins.
 pub fn f16_at(section: &[u8], index: usize) -> f16 {
     f16::from_le_bytes([section[2 * index], section[2 * index + 1]])
+}
+
+/// The `index`-th u16 of a section.
+pub fn u16_at(section: &[u8], index: usize) -> u16 {
+    u16::from_le_bytes([section[2 * index], section[2 * index + 1]])
 }
 
 /// Write the `index`-th f16 of a section of scales or mins.

@@ -27,6 +27,18 @@ pub fn pack(codes: &[u8], bits: u8, out: &mut [u8]) {
     }
 }
 
+/// Pack the high bits of 3-bit codes, as they lie behind the low ones; `out` has `n/8` bytes.
+pub fn pack_high(codes: &[u8], out: &mut [u8]) {
+    debug_assert!(out.len() == packed_len(codes.len(), 1));
+    planes(codes, 1, 2, out);
+}
+
+/// Unpack bits as f32, 0 or 1.
+pub fn unpack_bits(bytes: &[u8], out: &mut [f32]) {
+    debug_assert!(bytes.len() == packed_len(out.len(), 1));
+    each_plane::<1, f32>(bytes, out, f32::from);
+}
+
 /// Pack `bits` of each code, those from bit `from` on.
 fn planes(codes: &[u8], bits: u8, from: u8, out: &mut [u8]) {
     let mask = (1u16 << bits) as u8;

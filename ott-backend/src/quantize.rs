@@ -105,7 +105,8 @@ fn clipped(x: &[f32], weight: &[f32], bits: u8, low: f32, high: f32, full: Affin
     best.1
 }
 
-fn squared_error(x: &[f32], weight: &[f32], affine: Affine, bits: u8) -> f32 {
+/// Sum of `weight * (x - x^)^2`, in the fixed order of [`LANES`].
+pub fn squared_error(x: &[f32], weight: &[f32], affine: Affine, bits: u8) -> f32 {
     let (scale, min, levels) = (affine.scale.to_f32(), affine.min.to_f32(), levels(bits));
     if scale == 0.0 {
         return sum2(x, weight, |x, w| w * ((x - min) * (x - min)));

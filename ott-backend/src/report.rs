@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::cache::{Cache, Element, LayerSpec};
-use crate::config::{Clip, OttConfig};
+use crate::config::{Clip, OttConfig, Rotation};
 use crate::cpu::CpuOps;
 use crate::error::Result;
 use crate::layout::PageLayout;
@@ -112,9 +112,17 @@ impl fmt::Display for Report<'_> {
             Clip::None => "",
             Clip::Keys => ", key ranges clipped",
         };
+        let rotation = match c.rotation {
+            Rotation::None => "",
+            Rotation::Values => ", values rotated",
+        };
+        let boost = match c.boost {
+            0 => String::new(),
+            n => format!(", a third bit for {n} of 64 key channels"),
+        };
         writeln!(
             f,
-            "OTT cache: keys at {} bits, values at {} ({:.2} with scales){clip}, in groups of {} tokens",
+            "OTT cache: keys at {} bits, values at {} ({:.2} with scales){clip}{boost}{rotation}, in groups of {} tokens",
             c.k_bits, c.v_bits, self.page_bits, c.group_size
         )?;
         write!(
@@ -178,16 +186,16 @@ mod tests {
             }
         }
         insta::assert_snapshot!(table, @r#"
-        30 x 3 x 64           |  4.21  3.80x |  2.85  5.62x |  2.51  6.39x
+        30 x 3 x 64           |  4.33  3.70x |  2.96  5.41x |  2.62  6.12x
         30 x 3 x 64  kivi     |  4.53  3.53x |  2.92  5.48x |  2.51  6.37x
         30 x 3 x 64  bits=3   |  5.27  3.03x |  3.86  4.14x |  3.51  4.56x
         30 x 3 x 64  bits=4   |  6.34  2.52x |  4.88  3.28x |  4.51  3.55x
-        30 x 3 x 64  group=64 |  3.78  4.23x |  2.85  5.62x |  2.61  6.13x
-        32 x 8 x 128          |  3.97  4.04x |  2.68  5.96x |  2.36  6.77x
+        30 x 3 x 64  group=64 |  3.91  4.09x |  2.97  5.38x |  2.74  5.85x
+        32 x 8 x 128          |  4.08  3.92x |  2.79  5.73x |  2.47  6.48x
         32 x 8 x 128 kivi     |  4.39  3.64x |  2.79  5.74x |  2.38  6.71x
         32 x 8 x 128 bits=3   |  5.03  3.18x |  3.70  4.32x |  3.37  4.75x
         32 x 8 x 128 bits=4   |  6.09  2.63x |  4.72  3.39x |  4.37  3.66x
-        32 x 8 x 128 group=64 |  3.53  4.53x |  2.67  5.98x |  2.46  6.50x
+        32 x 8 x 128 group=64 |  3.65  4.38x |  2.79  5.73x |  2.58  6.21x
         "#);
     }
 
@@ -205,7 +213,7 @@ mod tests {
             f16_token_bytes: 30 * 3 * 128 * 2,
         };
         insta::assert_snapshot!(report.to_string(), @r#"
-        OTT cache: keys at 2 bits, values at 2 (2.38 with scales), key ranges clipped, in groups of 128 tokens
+        OTT cache: keys at 2 bits, values at 2 (2.38 with scales), key ranges clipped, a third bit for 12 of 64 key channels, values rotated, in groups of 128 tokens
           in full precision: the newest 32 to 159 tokens, and per head at most 35 outlier tokens (3 at a time) from layer 2 on
           pool: 8192 tokens in 30.0 MiB; f16 would take 180.0 MiB, 6.00 times as much
           besides, at worst: 10.0 MiB for windows of 8 sequences and for traced tokens

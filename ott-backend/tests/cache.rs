@@ -235,6 +235,22 @@ fn other_groups_windows_and_pools() {
 }
 
 #[test]
+fn boosted_keys_and_rotated_values() {
+    for (boost, rotate) in [(12, false), (0, true), (12, true), (32, true)] {
+        let v = if rotate { "v" } else { "none" };
+        let options = format!("paper,boost={boost},rotate={v}");
+        let rules = Rules {
+            boost,
+            rotate,
+            ..RULES
+        };
+        for (k_dim, v_dim) in [(64, 64), (80, 96), (128, 136)] {
+            check(Model::new(&options).dims(k_dim, v_dim), rules, 450);
+        }
+    }
+}
+
+#[test]
 fn several_thousand_tokens() {
     check(Model::new("paper").heads(2, 1), RULES, 3000);
 }
@@ -344,7 +360,7 @@ fn clipped_keys_are_nearer() {
             .collect();
         (host.past(&s, 2).unwrap(), original)
     };
-    let ((clipped, original), (full, _)) = (stored(""), stored("paper"));
+    let ((clipped, original), (full, _)) = (stored("paper,clip=k"), stored("paper"));
     for h in 0..2 {
         let error = |past: &[Token]| -> f64 {
             let keys = past.iter().zip(&original[h]);

@@ -98,7 +98,11 @@ fn check_head(bytes: &[u8], layout: &PageLayout, want: &Head, rules: Rules, page
         let min = f16_at(&bytes[layout.k_min.clone()], c);
         assert_eq!(Range { scale, min }, *want, "page {page}, key channel {c}");
         for t in (0..group).filter(kept) {
-            let code = code_at(&k_codes[c * per_channel..], group, rules.k_bits, t);
+            let mut code = code_at(&k_codes[c * per_channel..], group, rules.k_bits, t);
+            if let Some(i) = sealed.boosted.iter().position(|b| *b == c) {
+                let plane = &bytes[layout.k_high.clone()][i * group / 8..];
+                code |= ((plane[t % (group / 8)] >> (t / (group / 8))) & 1) << 2;
+            }
             assert_eq!(
                 code, sealed.k_codes[t][c],
                 "page {page}, key {t}, channel {c}"
@@ -123,6 +127,14 @@ fn check_head(bytes: &[u8], layout: &PageLayout, want: &Head, rules: Rules, page
             );
         }
     }
+    let boosted = bytes[layout.k_boosted.clone()].chunks_exact(2);
+    let boosted: Vec<usize> = boosted
+        .map(|b| usize::from(b[0]) + 256 * usize::from(b[1]))
+        .collect();
+    assert_eq!(
+        boosted, sealed.boosted,
+        "page {page}: channels of three bits"
+    );
     if layout.outliers > 0 {
         let slots = bytes[layout.slots.clone()].iter().map(|s| usize::from(*s));
         let slots: Vec<usize> = slots.take_while(|s| *s != 255).collect();
@@ -176,6 +188,14 @@ fn pages_are_the_references() {
             }
         }
         check_pages("paper", Rules::PAPER, &Model::new("").dims(256, 256), ops);
+        for (boost, k_dim) in [(12, 64), (32, 80), (5, 264)] {
+            let rules = Rules {
+                boost,
+                ..Rules::PAPER
+            };
+            let options = format!("paper,boost={boost}");
+            check_pages(&options, rules, &Model::new("").dims(k_dim, 64), ops);
+        }
     }
 }
 

@@ -27,8 +27,7 @@ fn options(rules: Rules) -> String {
         v_bits,
         ..
     } = rules;
-    let common =
-        format!("group={group},residual={residual},k_bits={k_bits},v_bits={v_bits},clip=none");
+    let common = format!("paper,group={group},residual={residual},k_bits={k_bits},v_bits={v_bits}");
     match outliers {
         0 => format!("{common},outliers=0"),
         n => format!("{common},outliers={n},extra={extra},exempt_layers={exempt_layers}"),

@@ -19,6 +19,8 @@ const RULES: Rules = Rules {
     residual: 32,
     outliers: 2,
     extra: 3,
+    boost: 12,
+    rotate: true,
     ..Rules::PAPER
 };
 const OPTIONS: &str = "group=32,residual=32,outliers=2,extra=3,clip=none";

@@ -38,6 +38,7 @@ cargo demo [ARGS]            Fetch a small model, build, and answer with and wit
                              ARGS go to the demo; `-m MODEL` takes a model of yours.
 cargo bench-kv [ARGS]        How fast a decoded token reads its past: other caches beside ours, in one run.
 cargo soak [ARGS]            Many clients against the server for an hour; `--minutes N` for another time.
+cargo eval-kv [ARGS]         How far a cache moves a model's answers from full precision, other caches beside ours.
 cargo run --release --package ott-patches -- check    Only the patches.
 
 Builds of the host and models are kept in OTT_CACHE_DIR (default: ott-mistralrs in your cache folder).

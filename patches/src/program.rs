@@ -1,4 +1,5 @@
-//! `cargo demo`, `cargo bench-kv`, `cargo soak`: from nothing to a program with the patched host in it, and what it says.
+//! `cargo demo`, `cargo bench-kv`, `cargo eval-kv`, `cargo soak`: from nothing to a program with the patched host in it,
+//! and what it says.
 
 use std::process::Command;
 
@@ -11,10 +12,11 @@ use crate::setup::setup;
 use crate::tasks::{cargo_host_build, host_target, run};
 
 /// Programs of integration-tests, each with the model that it runs if the user names none.
-const PROGRAMS: [(&str, &str); 3] = [
+const PROGRAMS: [(&str, &str); 4] = [
     // A person reads its answers.
     ("demo", "qwen2.5-coder-0.5b"),
     ("bench-kv", "smollm2-135m"),
+    ("eval-kv", "smollm2-135m"),
     ("soak", "smollm2-135m"),
 ];
 

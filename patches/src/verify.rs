@@ -69,6 +69,9 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
         steps.step("benchmark, in short", || {
             program(project, "bench-kv", &["--quick".to_string()])
         })?;
+        steps.step("evaluation, in short", || {
+            program(project, "eval-kv", &["--quick".to_string()])
+        })?;
     }
     steps.summary("ok");
     Ok(())

@@ -15,9 +15,10 @@ pub use tensor::Activation;
 
 use crate::attention::{decode, Queries};
 use crate::cache::{Cache, LayerStats, Row};
-use crate::config::OttConfig;
+use crate::config::{OttConfig, Rotation};
 use crate::error::Error;
 use crate::prompt::{attend, NewTokens, Scores};
+use crate::rotate::rotate;
 use tensor::{tensor, Rows, Slices};
 
 /// The cache of one model whose activations are `E`.
@@ -72,6 +73,7 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
         self.cache.begin(&rows(&plan)).map_err(seam)?;
         Ok(Arc::new(OttStep {
             cache: Arc::clone(&self.cache),
+            rotation: self.config.rotation,
             num_heads: Arc::clone(&self.num_heads),
             plan,
         }))
@@ -105,6 +107,7 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
 /// One forward pass.
 struct OttStep<E> {
     cache: Arc<Cache<E>>,
+    rotation: Rotation,
     num_heads: Arc<[usize]>,
     plan: KvPlan,
 }
@@ -138,6 +141,9 @@ impl<E: Activation> KvStep for OttStep<E> {
         let q_rows = Rows::new::<E>("q", q, (rows.len(), num_heads, new, layout.k_dim))?;
         let k = Rows::new::<E>("k", k, (rows.len(), kv_heads, new, layout.k_dim))?;
         let v = Rows::new::<E>("v", v, (rows.len(), kv_heads, new, layout.v_dim))?;
+        // Without a past there is nothing to be of one basis with.
+        let turned = rows.iter().any(|row| row.past > 0) && self.rotation == Rotation::Values;
+        let v = if turned { v.rotated::<E>()? } else { v };
         let tokens = q_rows.tokens();
         let mut out = vec![E::default(); rows.len() * num_heads * tokens * layout.v_dim];
         let scores = Scores {
@@ -156,6 +162,9 @@ impl<E: Activation> KvStep for OttStep<E> {
             attend(&cache, &new, scores, tokens, &mut out)
         })?
         .map_err(seam)?;
+        if turned {
+            turn_back(&mut out, layout.v_dim);
+        }
         let shape = (rows.len(), num_heads, tokens, layout.v_dim);
         tensor(out, shape, q.dtype()).map(Some)
     }
@@ -169,7 +178,10 @@ impl<E: Activation> KvStep for OttStep<E> {
         let cache = self.cache.layer(layer).map_err(seam)?;
         let layout = &cache.spec().layout;
         let (heads, past) = (layout.num_kv_heads, row.past);
-        let (k, v) = cache.gather(row).map_err(seam)?;
+        let (k, mut v) = cache.gather(row).map_err(seam)?;
+        if self.rotation == Rotation::Values {
+            turn_back(&mut v, layout.v_dim);
+        }
         Ok((
             tensor(k, (1, heads, past, layout.k_dim), dtype)?,
             tensor(v, (1, heads, past, layout.v_dim), dtype)?,
@@ -186,6 +198,10 @@ impl<E: Activation> KvStep for OttStep<E> {
         let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
         let k = Rows::new::<E>("k", k, (rows.len(), heads, new, k_dim))?;
         let v = Rows::new::<E>("v", v, (rows.len(), heads, new, v_dim))?;
+        let v = match self.rotation {
+            Rotation::None => v,
+            Rotation::Values => v.rotated::<E>()?,
+        };
         k.with::<E, _>(|k| {
             v.with::<E, _>(|v| {
                 let mut rows = rows.iter().enumerate();
@@ -220,6 +236,9 @@ impl<E: Activation> KvStep for OttStep<E> {
             softcap: attn.softcap,
         };
         decode(&cache, &rows, &queries, &mut out);
+        if self.rotation == Rotation::Values {
+            out.chunks_exact_mut(layout.v_dim).for_each(rotate);
+        }
         let out: Vec<E> = out.into_iter().map(E::round).collect();
         let shape = (rows.len(), num_heads, tokens, layout.v_dim);
         tensor(out, shape, q.dtype())
@@ -234,6 +253,16 @@ fn with_all<E: Activation, T>(
     f: impl FnOnce(Slices<'_, E>, Slices<'_, E>, Slices<'_, E>) -> T,
 ) -> Result<T> {
     q.with(|q| k.with(|k| v.with(|v| f(q, k, v))))??
+}
+
+/// Values or answers `(.., v_dim)` in the model's basis again.
+fn turn_back<E: Activation>(x: &mut [E], v_dim: usize) {
+    let mut wide = vec![0f32; v_dim];
+    for x in x.chunks_exact_mut(v_dim) {
+        E::widen(x, &mut wide);
+        rotate(&mut wide);
+        E::narrow(&wide, x);
+    }
 }
 
 fn rows(plan: &KvPlan) -> Vec<Row<'_>> {

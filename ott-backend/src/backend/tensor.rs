@@ -7,6 +7,7 @@ use half::{bf16, f16};
 
 use crate::cache::{Element, Tokens};
 use crate::error::Error;
+use crate::rotate::rotate;
 
 /// A dtype that both candle and the cache know.
 pub trait Activation: Element + WithDType {}
@@ -45,6 +46,18 @@ impl<'a> Rows<'a> {
             tensor = Cow::Owned(tensor.contiguous()?);
         }
         Ok(Self { tensor, dims })
+    }
+
+    /// The same in the basis in which values are stored.
+    pub fn rotated<E: Activation>(&self) -> Result<Self> {
+        let mut wide = self.widened::<E>(1.0)?;
+        wide.chunks_exact_mut(self.dims.3).for_each(rotate);
+        let mut numbers = vec![E::default(); wide.len()];
+        E::narrow(&wide, &mut numbers);
+        Ok(Self {
+            tensor: Cow::Owned(tensor(numbers, self.dims, E::DTYPE)?),
+            dims: self.dims,
+        })
     }
 
     /// Tokens of the tensor, padding among them.

@@ -8,7 +8,8 @@ use crate::config::{Clip, OttConfig};
 use crate::cpu::CpuOps;
 use crate::error::{Error, Result};
 use crate::layout::{put_f16, PageLayout};
-use crate::pack::{pack, packed_len};
+use crate::pack::{pack, pack_high, packed_len};
+use crate::quantize::squared_error;
 
 /// What never changes about a layer.
 #[derive(Clone, Debug)]
@@ -182,14 +183,46 @@ fn quantize_keys(spec: &LayerSpec, traced: &[u8], k: &[f32], bytes: &mut [u8]) -
     }
     let mut codes = vec![0u8; layout.group_size];
     let (bits, clip, size) = (layout.k_bits, spec.config.clip, layout.k_channel_bytes());
+    let mut errors = Vec::new();
     for (c, x) in k.chunks_exact(layout.group_size).enumerate() {
         let affine = (spec.ops.quantize_group)(x, &weight, bits, clip, &mut codes)?;
         let packed = &mut bytes[layout.k_codes.clone()][c * size..(c + 1) * size];
         pack(&codes, bits, packed);
         put_f16(&mut bytes[layout.k_scale.clone()], c, affine.scale);
         put_f16(&mut bytes[layout.k_min.clone()], c, affine.min);
+        if layout.boosted > 0 {
+            errors.push(squared_error(x, &weight, affine, bits));
+        }
+    }
+    for (i, c) in worst(&errors, layout.boosted).into_iter().enumerate() {
+        let x = &k[c * layout.group_size..][..layout.group_size];
+        let affine = (spec.ops.quantize_group)(x, &weight, 3, clip, &mut codes)?;
+        let high = layout.k_channel_bytes() / 2;
+        pack_high(
+            &codes,
+            &mut bytes[layout.k_high.clone()][i * high..][..high],
+        );
+        codes.iter_mut().for_each(|code| *code &= 3);
+        pack(
+            &codes,
+            bits,
+            &mut bytes[layout.k_codes.clone()][c * size..][..size],
+        );
+        put_f16(&mut bytes[layout.k_scale.clone()], c, affine.scale);
+        put_f16(&mut bytes[layout.k_min.clone()], c, affine.min);
+        let place = &mut bytes[layout.k_boosted.clone()][2 * i..][..2];
+        place.copy_from_slice(&(c as u16).to_le_bytes());
     }
     Some(())
+}
+
+/// The `count` channels of largest error, ascending; of equals the lower.
+fn worst(errors: &[f32], count: usize) -> Vec<usize> {
+    let mut channels: Vec<usize> = (0..errors.len()).collect();
+    channels.sort_by(|a, b| errors[*b].total_cmp(&errors[*a]));
+    channels.truncate(count);
+    channels.sort_unstable();
+    channels
 }
 
 fn quantize_values(spec: &LayerSpec, v: &[f32], bytes: &mut [u8]) -> Option<()> {

@@ -29,6 +29,10 @@ pub struct Rules {
     pub v_bits: u32,
     /// Scales and minima are rounded to f16 before codes are made from them.
     pub f16_ranges: bool,
+    /// Of every 64 key channels, how many get a third bit.
+    pub boost: usize,
+    /// Values are quantised in another basis.
+    pub rotate: bool,
 }
 
 impl Rules {
@@ -42,6 +46,8 @@ impl Rules {
         k_bits: 2,
         v_bits: 2,
         f16_ranges: true,
+        boost: 0,
+        rotate: false,
     };
 
     /// What holds in a layer: the first ones do not trace.
@@ -116,6 +122,9 @@ pub struct Sealed {
     pub v_ranges: Vec<Vec<Range>>,
     /// `[token][channel]`.
     pub v_codes: Vec<Vec<u8>>,
+    /// Key channels of three bits, ascending.
+    pub boosted: Vec<usize>,
+    rotated: bool,
 }
 
 /// What one key/value head has stored of one sequence.
@@ -171,7 +180,7 @@ impl Head {
         let mut group: Vec<Token> = self.window.drain(..self.rules.group).collect();
         let traced = self.trace(start, &group);
         replace_by_mean(&mut group, &traced);
-        self.sealed.push(quantize(&group, self.rules));
+        self.sealed.push(quantize(&group, &traced, self.rules));
     }
 
     /// Which tokens of the group (by index) win a place in the pool; they are traced from now on.
@@ -236,8 +245,53 @@ fn replace_by_mean(group: &mut [Token], traced: &[usize]) {
     }
 }
 
+/// The key channels whose error is largest, traced tokens not counted.
+fn worst(group: &[Token], traced: &[usize], ranges: &[Range], rules: Rules) -> Vec<usize> {
+    let error = |c: usize| {
+        let kept = (0..group.len()).filter(|t| !traced.contains(t));
+        kept.map(|t| {
+            let (x, range) = (group[t].k[c], ranges[c]);
+            f64::from(x - range.value(range.code(x, rules.k_bits))).powi(2)
+        })
+        .sum::<f64>()
+    };
+    let mut channels: Vec<usize> = (0..ranges.len()).collect();
+    channels.sort_by(|a, b| error(*b).total_cmp(&error(*a)));
+    channels.truncate(rules.boost * ranges.len() / 64);
+    channels.sort_unstable();
+    channels
+}
+
+/// A Hadamard matrix over blocks of the largest power of two that divides the channels, 128 at most:
+/// entry (i, j) is -1 to the number of ones that i and j share.
+pub fn rotate(v: &[f32]) -> Vec<f32> {
+    let width = (1usize << v.len().trailing_zeros()).min(128);
+    let channel = |c: usize| {
+        let (start, i) = (c / width * width, c % width);
+        let sign = |j: usize| {
+            if (i & j).count_ones().is_multiple_of(2) {
+                1.0
+            } else {
+                -1.0
+            }
+        };
+        let sum: f64 = (0..width).map(|j| sign(j) * f64::from(v[start + j])).sum();
+        (sum / (width as f64).sqrt()) as f32
+    };
+    (0..v.len()).map(channel).collect()
+}
+
 /// Keys by channel over the group's tokens, values by token over groups of channels.
-pub fn quantize(group: &[Token], rules: Rules) -> Sealed {
+pub fn quantize(group: &[Token], traced: &[usize], rules: Rules) -> Sealed {
+    let turned = |t: &Token| Token {
+        k: t.k.clone(),
+        v: if rules.rotate {
+            rotate(&t.v)
+        } else {
+            t.v.clone()
+        },
+    };
+    let group: Vec<Token> = group.iter().map(turned).collect();
     let Rules {
         k_bits,
         v_bits,
@@ -245,9 +299,13 @@ pub fn quantize(group: &[Token], rules: Rules) -> Sealed {
         ..
     } = rules;
     let channel = |c: usize| group.iter().map(|t| t.k[c]).collect::<Vec<f32>>();
-    let k_ranges: Vec<Range> = (0..group[0].k.len())
+    let mut k_ranges: Vec<Range> = (0..group[0].k.len())
         .map(|c| Range::of(&channel(c), k_bits, f16_ranges))
         .collect();
+    let boosted = worst(&group, traced, &k_ranges, rules);
+    for c in &boosted {
+        k_ranges[*c] = Range::of(&channel(*c), k_bits + 1, f16_ranges);
+    }
     let v_ranges = |t: &Token| -> Vec<Range> {
         let parts = t.v.chunks(VALUE_GROUP);
         parts
@@ -256,8 +314,10 @@ pub fn quantize(group: &[Token], rules: Rules) -> Sealed {
     };
     let v_ranges: Vec<Vec<Range>> = group.iter().map(v_ranges).collect();
     let k_codes = |t: &Token| {
-        let channels = t.k.iter().zip(&k_ranges);
-        channels.map(|(x, range)| range.code(*x, k_bits)).collect()
+        let channels = t.k.iter().zip(&k_ranges).enumerate();
+        channels
+            .map(|(c, (x, range))| range.code(*x, k_bits + u32::from(boosted.contains(&c))))
+            .collect()
     };
     let v_codes = |(t, ranges): (&Token, &Vec<Range>)| {
         let channels = t.v.iter().enumerate();
@@ -270,18 +330,23 @@ pub fn quantize(group: &[Token], rules: Rules) -> Sealed {
         v_codes: group.iter().zip(&v_ranges).map(v_codes).collect(),
         k_ranges,
         v_ranges,
+        boosted,
+        rotated: rules.rotate,
     }
 }
 
 /// The tokens that a sealed group stands for.
 pub fn dequantize(sealed: &Sealed) -> Vec<Token> {
+    let turned = |v: Vec<f32>| if sealed.rotated { rotate(&v) } else { v };
     let token = |t: usize| Token {
         k: (sealed.k_codes[t].iter().zip(&sealed.k_ranges))
             .map(|(code, range)| range.value(*code))
             .collect(),
-        v: (sealed.v_codes[t].iter().enumerate())
-            .map(|(c, code)| sealed.v_ranges[t][c / VALUE_GROUP].value(*code))
-            .collect(),
+        v: turned(
+            (sealed.v_codes[t].iter().enumerate())
+                .map(|(c, code)| sealed.v_ranges[t][c / VALUE_GROUP].value(*code))
+                .collect(),
+        ),
     };
     (0..sealed.k_codes.len()).map(token).collect()
 }

@@ -10,7 +10,7 @@ use integration_tests::engine::{prompt, Engine, Setup};
 use integration_tests::request::completion;
 use serde_json::{json, Value};
 
-use crate::report::{Samples, Table};
+use integration_tests::report::{Samples, Table};
 
 /// What to measure.
 pub struct Runs<'a> {

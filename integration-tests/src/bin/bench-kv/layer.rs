@@ -12,7 +12,7 @@ use serde_json::{json, Value};
 use crate::contenders::{
     attend, check_ours, ours, rival, rival_decode, stored_bytes, Case, Data, Upstream,
 };
-use crate::report::{Samples, Table};
+use integration_tests::report::{Samples, Table};
 
 /// Channels, kv heads, query heads per kv head.
 const SHAPES: [(usize, usize, usize); 6] = [

@@ -7,13 +7,13 @@ mod attention;
 mod contenders;
 mod engine;
 mod layer;
-mod report;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
 use integration_tests::model::{fast, smollm2};
+use integration_tests::report::Report;
 
 /// Compare KV caches on this machine.
 #[derive(Parser)]
@@ -54,7 +54,7 @@ fn main() -> Result<()> {
         (args.tokens, args.repeats) = (4, 1);
     }
     let part = |name: &str| args.only.as_deref().is_none_or(|only| only == name);
-    let mut report = report::Report::new();
+    let mut report = Report::new();
     if part("layer") {
         report.print("layer", &layer::run(args.quick, args.repeats)?);
     }
@@ -76,7 +76,7 @@ fn main() -> Result<()> {
         report.print("engine", &table);
     }
     match &args.out {
-        Some(folder) => report.write(folder),
+        Some(folder) => report.write(folder, "bench-kv"),
         None => Ok(()),
     }
 }

@@ -105,6 +105,7 @@ pub struct Report {
 }
 
 impl Report {
+    /// Prints the machine's name.
     pub fn new() -> Self {
         let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let name = info.lines().find_map(|l| l.strip_prefix("model name"));
@@ -126,21 +127,18 @@ impl Report {
         self.tables.push((name, table.clone()));
     }
 
-    /// Write all tables as JSON and Markdown.
-    pub fn write(&self, folder: &Path) -> Result<()> {
+    /// Write all tables to `NAME.json` and `NAME.md`.
+    pub fn write(&self, folder: &Path, name: &str) -> Result<()> {
         std::fs::create_dir_all(folder)?;
         let mut text = format!("Machine: {}\n", self.machine);
         let mut all = serde_json::Map::new();
         all.insert("machine".to_owned(), json!(self.machine));
-        for (name, table) in &self.tables {
+        for (part, table) in &self.tables {
             text += &format!("\n{}", table.markdown());
-            all.insert((*name).to_owned(), table.json());
+            all.insert((*part).to_owned(), table.json());
         }
-        std::fs::write(folder.join("bench-kv.md"), text)?;
-        std::fs::write(
-            folder.join("bench-kv.json"),
-            serde_json::to_string_pretty(&all)?,
-        )?;
-        Ok(())
+        std::fs::write(folder.join(format!("{name}.md")), text)?;
+        let all = serde_json::to_string_pretty(&all)?;
+        Ok(std::fs::write(folder.join(format!("{name}.json")), all)?)
     }
 }

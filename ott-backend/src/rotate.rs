@@ -1,0 +1,69 @@
+//! The basis in which values are stored: a Hadamard matrix mixes channels, so that no single one
+//! stretches the range of a token, and errors are alike in all of them (QuaRot, arXiv 2404.00456).
+//!
+//! Attention is linear in the values: what it returns is in the same basis, and is turned back once
+//! for each query. The matrix is symmetric and orthogonal, its own inverse.
+
+use crate::layout::V_GROUP;
+
+/// Channels that are mixed with each other: the largest power of two that divides `dim`, at most
+/// [`V_GROUP`].
+pub fn width(dim: usize) -> usize {
+    (1 << dim.trailing_zeros()).min(V_GROUP)
+}
+
+/// Rotate one token's channels in place. Additions in binary32, in the order of the fast
+/// Walsh-Hadamard transform (pairs of distance 1, 2, 4, ..), then one product.
+pub fn rotate(x: &mut [f32]) {
+    let width = width(x.len());
+    let factor = 1.0 / (width as f32).sqrt();
+    for x in x.chunks_exact_mut(width) {
+        let mut half = 1;
+        while half < width {
+            for pair in x.chunks_exact_mut(2 * half) {
+                let (low, high) = pair.split_at_mut(half);
+                for (a, b) in low.iter_mut().zip(high) {
+                    (*a, *b) = (*a + *b, *a - *b);
+                }
+            }
+            half *= 2;
+        }
+        x.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn widths() {
+        let dims = [8, 64, 80, 96, 128, 136, 256];
+        assert_eq!(dims.map(width), [8, 64, 16, 32, 128, 8, 128]);
+    }
+
+    #[test]
+    fn one_channel_is_spread_over_all() {
+        let mut x = [0.0; 16];
+        x[5] = 4.0;
+        rotate(&mut x);
+        assert!(x.iter().all(|x| x.abs() == 1.0), "{x:?}");
+        assert_eq!(x.iter().filter(|x| **x < 0.0).count(), 8);
+    }
+
+    #[test]
+    fn twice_is_nothing() {
+        for dim in [8, 80, 128, 256] {
+            let x: Vec<f32> = (0..dim)
+                .map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0)
+                .collect();
+            let mut twice = x.clone();
+            rotate(&mut twice);
+            assert!(x.iter().zip(&twice).any(|(a, b)| (a - b).abs() > 0.1));
+            rotate(&mut twice);
+            for (a, b) in x.iter().zip(&twice) {
+                assert!((a - b).abs() < 1e-6, "{dim}: {a} {b}");
+            }
+        }
+    }
+}
