@@ -23,8 +23,8 @@ fn run(options: &str, rules: Rules, seed: u64, ops: &[Op]) -> Seen {
     machine.seen
 }
 
-const OPTIONS: &str = "group=32,residual=32,outliers=2,extra=3,clip=none,boost=0,rotate=none";
-const LARGER: &str = "group=64,residual=32,outliers=2,extra=3,clip=none,boost=0,rotate=none";
+const OPTIONS: &str = "paper,group=32,residual=32,outliers=2,extra=3";
+const LARGER: &str = "paper,group=64,residual=32,outliers=2,extra=3";
 const RULES: Rules = Rules {
     group: 32,
     residual: 32,
@@ -45,7 +45,7 @@ proptest! {
     #[test]
     fn any_history_without_a_window(seed in 0u64..1000, ops in vec(op(), 1..50)) {
         let rules = Rules { residual: 0, ..RULES };
-        run("group=32,residual=0,outliers=2,extra=3,clip=none,boost=0,rotate=none", rules, seed, &ops);
+        run("paper,group=32,residual=0,outliers=2,extra=3", rules, seed, &ops);
     }
 
     /// Blocks of several chunks.

@@ -2,11 +2,11 @@
 
 use super::Answer;
 
-/// By how much log-probabilities may differ of a request asked alone and beside others, on a backend that stores
-/// what it is given. A preempted sequence is computed anew in one prompt: sums of another order, rounded to f16,
-/// and to 8 bits before each product of matrices. The same is allowed in `toy::RECOMPUTED` (measured there:
-/// 0.03); a wrong block is off by units.
-pub const TIE: f32 = 0.1;
+/// By how much log-probabilities may differ of a request asked alone and beside others. What mistral.rs 0.8.1 calls
+/// so of a greedy token is log10 of its logit. A preempted sequence is computed anew in one prompt: sums of another
+/// order, rounded to f16, and to 8 bits before each product of matrices (0.03 in `toy::RECOMPUTED`; here 0.000 in
+/// 200 answers). Reading what was hit at two bits moves it by 0.08.
+pub const TIE: f32 = 0.04;
 
 /// Two answers that agree.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,34 +47,4 @@ pub fn agree(expected: &Answer, found: &Answer, budget: f32) -> Result<Verdict, 
         }
     }
     Ok(verdict)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::ask::Choice;
-    use super::*;
-
-    fn answer(tokens: &[(&str, f32)]) -> Answer {
-        let choice = Choice {
-            text: tokens.iter().map(|t| t.0).collect(),
-            tokens: tokens.iter().map(|t| (t.0.to_owned(), t.1)).collect(),
-            finish: "length".into(),
-        };
-        Answer {
-            choices: vec![choice],
-            tokens: 9,
-        }
-    }
-
-    #[test]
-    fn only_ties_may_part() {
-        let one = answer(&[("a", -0.1), ("b", -0.7)]);
-        let near = answer(&[("a", -0.12), ("c", -0.72)]);
-        let far = answer(&[("a", -0.1), ("b", -1.7)]);
-        let short = answer(&[("a", -0.1)]);
-        assert!(agree(&one, &one, TIE).is_ok_and(|v| !v.tie));
-        assert!(agree(&one, &near, TIE).is_ok_and(|v| v.tie));
-        assert!(agree(&one, &far, TIE).is_err());
-        assert!(agree(&one, &short, TIE).is_err());
-    }
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use serde_json::Value;
 
-pub use ask::{asks, random, Answer, Ask};
+pub use ask::{asks, random, Answer, Ask, Choice};
 pub use judge::{agree, TIE};
 
 use crate::server::Server;

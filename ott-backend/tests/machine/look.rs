@@ -9,7 +9,7 @@ use crate::pool::Prefix;
 use crate::reference::{attend, Head, Token};
 
 /// Attention in f32 against f64, and numbers made of codes: as in `cache`.
-const F32: f64 = 5e-5;
+const F32: f64 = 2e-4;
 const STORED: f32 = 1e-6;
 
 impl Machine {
