@@ -165,6 +165,13 @@ pub enum Error {
         /// Its kind.
         kind: &'static str,
     },
+    /// Inner loops that this machine cannot run, or that nobody wrote.
+    CpuOps {
+        /// As asked for.
+        name: Box<str>,
+        /// Those that it can run.
+        available: Vec<&'static str>,
+    },
     /// An activation dtype that is not F16, BF16 or F32.
     Dtype {
         /// As candle names it.
@@ -310,6 +317,12 @@ impl Error {
             Self::Device { kind } => write!(
                 f,
                 "the ott cache does not run on {kind}. Run with --cpu, or without --kv-cache"
+            ),
+            Self::CpuOps { name, available } => write!(
+                f,
+                "OTT_CPU={name}: this machine has no such inner loops. It has {}; without OTT_CPU the \
+                 last one is taken",
+                available.join(", ")
             ),
             Self::Dtype { dtype } => write!(
                 f,

@@ -73,6 +73,7 @@ pub fn unpack(bytes: &[u8], bits: u8, codes: &mut [u8]) {
 }
 
 /// Unpack codes as f32: what attention multiplies with.
+#[inline(always)]
 pub fn unpack_f32(bytes: &[u8], bits: u8, codes: &mut [f32]) {
     debug_assert!(codes.len().is_multiple_of(8) && bytes.len() == packed_len(codes.len(), bits));
     let n = codes.len();

@@ -64,6 +64,7 @@ fn code(x: f32, scale: f32, min: f32, levels: f32) -> f32 {
 /// token that is traced and never read from the page.
 ///
 /// `None` if a number is not finite or f16 cannot hold scale or min.
+#[inline(always)]
 pub fn quantize_group(
     x: &[f32],
     weight: &[f32],
@@ -86,6 +87,7 @@ pub fn quantize_group(
 }
 
 /// The best of `CLIP_STEPS`^2 ranges.
+#[inline(always)]
 fn clipped(x: &[f32], weight: &[f32], bits: u8, low: f32, high: f32, full: Affine) -> Affine {
     let sixteenth = (high - low) / 16.0;
     let mut best = (squared_error(x, weight, full, bits), full);
@@ -106,6 +108,7 @@ fn clipped(x: &[f32], weight: &[f32], bits: u8, low: f32, high: f32, full: Affin
 }
 
 /// Sum of `weight * (x - x^)^2`, in the fixed order of [`LANES`].
+#[inline(always)]
 pub fn squared_error(x: &[f32], weight: &[f32], affine: Affine, bits: u8) -> f32 {
     let (scale, min, levels) = (affine.scale.to_f32(), affine.min.to_f32(), levels(bits));
     if scale == 0.0 {
@@ -118,6 +121,7 @@ pub fn squared_error(x: &[f32], weight: &[f32], affine: Affine, bits: u8) -> f32
 }
 
 /// Codes of `x`; all 0 if the scale is 0.
+#[inline(always)]
 pub fn encode(x: &[f32], affine: Affine, bits: u8, codes: &mut [u8]) {
     let (scale, min, levels) = (affine.scale.to_f32(), affine.min.to_f32(), levels(bits));
     if scale == 0.0 {

@@ -51,7 +51,7 @@ pub fn stored_bits<E: Element>(
     shape: &ModelShape,
     tokens: usize,
 ) -> Result<f64> {
-    let specs = shape.specs(config, CpuOps::best())?;
+    let specs = shape.specs(config, CpuOps::best()?)?;
     let blocks = tokens.div_ceil(config.group_size) + 1;
     let (_, fixed) = Cache::<E>::worst_bytes(&specs, 1);
     let pages: usize = specs.iter().map(|s| page_and_tables(s) * blocks).sum();

@@ -214,7 +214,7 @@ fn traced_places_hold_the_mean() {
         "paper,group=32,outliers=1,k_bits=8,v_bits=8",
         &model,
         &text,
-        CpuOps::best(),
+        CpuOps::best().unwrap(),
     );
     bench.append(0, 64, &[1, 2]);
     let (layer, want) = (bench.cache.layer(2).unwrap(), model.tokens(&text, 2, 0, 32));
@@ -252,7 +252,7 @@ proptest! {
             (0..=tokens / 32).map(|i| first + i * step).collect()
         };
         let bench = |table: &[usize], chunks: &[usize]| {
-            let bench = Bench::new(&options, &model, &text, CpuOps::best());
+            let bench = Bench::new(&options, &model, &text, CpuOps::best().unwrap());
             let mut past = 0;
             for new in chunks {
                 bench.append(past, *new, table);

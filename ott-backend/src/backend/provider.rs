@@ -127,7 +127,7 @@ fn specs(config: &OttConfig, shape: &KvShape) -> Result<Vec<LayerSpec>> {
             group: config.group_size,
         });
     }
-    let ops = CpuOps::best();
+    let ops = CpuOps::best()?;
     let spec = |(layer, l): (usize, &mistralrs_kv_backend::KvLayer)| {
         match l.device {
             Device::Cpu => {}

@@ -3,9 +3,20 @@
 //! [`scalar`] is the specification. Other tables give the same codes and magnitudes bit for bit,
 //! and attention sums within a named budget. This room knows slices only.
 
+mod compiled;
 pub mod scalar;
+mod strip;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg_attr(target_arch = "x86_64", path = "native/x86_64.rs")]
+#[cfg_attr(not(target_arch = "x86_64"), path = "native/none.rs")]
+mod native;
 
 use crate::config::Clip;
+use crate::error::{Error, Result};
 use crate::quantize::Affine;
 
 /// Quantized keys of one head in one page.
@@ -67,18 +78,38 @@ pub struct CpuOps {
     pub exp_sum: fn(x: &mut [f32], max: f32) -> f32,
 }
 
+/// The environment variable that names the table to use.
+const FORCE: &str = "OTT_CPU";
+
 impl CpuOps {
-    /// Tables that this machine can run, the specification first.
+    /// Tables that this machine can run: the specification first, the fastest last.
     pub fn available() -> Vec<&'static Self> {
-        vec![&scalar::OPS]
+        std::iter::once(&scalar::OPS)
+            .chain(native::tables())
+            .collect()
     }
 
-    /// The fastest table of this machine; the one named by the environment variable `OTT_CPU` if
-    /// there is such a table.
-    pub fn best() -> &'static Self {
+    /// The fastest table of this machine, or the one that the environment variable `OTT_CPU` names.
+    ///
+    /// # Errors
+    /// If this machine has no table of that name.
+    pub fn best() -> Result<&'static Self> {
+        match std::env::var_os(FORCE) {
+            Some(name) => Self::named(&name.to_string_lossy()),
+            None => Ok(Self::available().pop().unwrap_or(&scalar::OPS)),
+        }
+    }
+
+    /// The table of one name.
+    ///
+    /// # Errors
+    /// If this machine has no such table.
+    pub fn named(name: &str) -> Result<&'static Self> {
         let available = Self::available();
-        let forced = std::env::var("OTT_CPU").ok();
-        let forced = forced.and_then(|name| available.iter().find(|ops| ops.name == name));
-        forced.or(available.last()).copied().unwrap_or(&scalar::OPS)
+        let found = available.iter().find(|ops| ops.name == name);
+        found.copied().ok_or_else(|| Error::CpuOps {
+            name: name.into(),
+            available: available.iter().map(|ops| ops.name).collect(),
+        })
     }
 }

@@ -1,10 +1,11 @@
-//! The specification of each op: plain loops, written so that the compiler can vectorize them.
+//! The specification of each op: plain loops, written so that the compiler can vectorize them. Other
+//! tables take the ones that it vectorizes well, compiled for their instructions.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, COLUMNS, ROWS};
 use super::{CpuOps, Keys, Values};
-use crate::layout::V_GROUP;
 use crate::pack::{packed_len, unpack_f32};
 use crate::quantize::{quantize_group, sum, sum2, LANES};
 
@@ -21,66 +22,44 @@ pub static OPS: CpuOps = CpuOps {
     exp_sum,
 };
 
-/// Most tokens of a page, and channels whose scales are read at once.
-const TILE: usize = 128;
-
-fn l1_norm(x: &[f32]) -> f32 {
+#[inline(always)]
+pub(super) fn l1_norm(x: &[f32]) -> f32 {
     sum(x, f32::abs)
 }
 
-/// `score = sum_c (q_c scale_c) code_c + sum_c q_c min_c`: scales fold into q once per page.
+#[inline(always)]
 fn key_scores(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) {
-    let (mut scale, mut min, mut codes) = ([0f32; TILE], [0f32; TILE], [0f32; TILE]);
-    let codes = &mut codes[..keys.tokens];
-    let channel_bytes = packed_len(keys.tokens, keys.bits);
-    scores.fill(0.0);
-    for start in (0..k_dim).step_by(TILE) {
-        let channels = TILE.min(k_dim - start);
-        read_f16(&keys.scale[2 * start..], &mut scale[..channels]);
-        read_f16(&keys.min[2 * start..], &mut min[..channels]);
-        for (q, scores) in rows(q, k_dim).zip(scores.chunks_exact_mut(keys.tokens)) {
-            let base = sum2(&q[start..start + channels], &min[..channels], |q, m| q * m);
-            scores.iter_mut().for_each(|s| *s += base);
-        }
-        for c in 0..channels {
-            let at = (start + c) * channel_bytes;
-            unpack_f32(&keys.codes[at..at + channel_bytes], keys.bits, codes);
-            for (q, scores) in rows(q, k_dim).zip(scores.chunks_exact_mut(keys.tokens)) {
-                add_scaled(scores, q[start + c] * scale[c], codes);
-            }
-        }
-    }
+    sum_keys(keys, q, k_dim, scores, add_strip);
 }
 
-/// `out_c = sum_t (p_t scale_t) code_tc + sum_t p_t min_t`: scales fold into p once per page.
+#[inline(always)]
 fn value_sum(values: &Values<'_>, p: &[f32], out: &mut [f32]) {
-    let (mut scale, mut min, mut codes) = ([0f32; TILE], [0f32; TILE], [0f32; V_GROUP]);
-    let (tokens, v_dim) = (values.tokens, values.v_dim);
-    let (scale, min) = (&mut scale[..tokens], &mut min[..tokens]);
-    let token_bytes = packed_len(v_dim, values.bits);
-    for (group, start) in (0..v_dim).step_by(V_GROUP).enumerate() {
-        let width = V_GROUP.min(v_dim - start);
-        let codes = &mut codes[..width];
-        read_f16(&values.scale[2 * group * tokens..], scale);
-        read_f16(&values.min[2 * group * tokens..], min);
-        for (p, out) in rows(p, tokens).zip(out.chunks_exact_mut(v_dim)) {
-            let base = sum2(p, min, |p, m| p * m);
-            out[start..start + width]
-                .iter_mut()
-                .for_each(|o| *o += base);
-        }
-        for t in 0..tokens {
-            let at = t * token_bytes + packed_len(start, values.bits);
-            let bytes = &values.codes[at..at + packed_len(width, values.bits)];
-            unpack_f32(bytes, values.bits, codes);
-            for (p, out) in rows(p, tokens).zip(out.chunks_exact_mut(v_dim)) {
-                add_scaled(&mut out[start..start + width], p[t] * scale[t], codes);
-            }
+    sum_values(values, p, out, add_strip);
+}
+
+/// `out = sum_r (x_r scale_r) code_r + sum_r x_r min_r`: scales fold into x once per page.
+#[inline(always)]
+pub(super) fn add_strip(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
+    let (mut scale, mut min, mut codes) = ([0f32; ROWS], [0f32; ROWS], [0f32; COLUMNS]);
+    let (scale, min) = (&mut scale[..strip.rows], &mut min[..strip.rows]);
+    let codes = &mut codes[..strip.columns];
+    read_f16(strip.scale, scale);
+    read_f16(strip.min, min);
+    for n in 0..x.len() {
+        let base = sum2(x.of(n, strip), min, |x, m| x * m);
+        out.of(n, strip).iter_mut().for_each(|o| *o += base);
+    }
+    for r in 0..strip.rows {
+        let row = &strip.codes[r * strip.stride..][..packed_len(strip.columns, strip.bits)];
+        unpack_f32(row, strip.bits, codes);
+        for n in 0..x.len() {
+            add_scaled(out.of(n, strip), x.of(n, strip)[r] * scale[r], codes);
         }
     }
 }
 
-fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) {
+#[inline(always)]
+pub(super) fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) {
     for (q, scores) in rows(q, dim).zip(scores.chunks_mut(stride)) {
         for (key, score) in rows(keys, dim).zip(scores) {
             *score = sum2(q, key, |q, k| q * k);
@@ -88,7 +67,8 @@ fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: 
     }
 }
 
-fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
+#[inline(always)]
+pub(super) fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
     for (p, out) in p.chunks(stride).zip(out.chunks_exact_mut(dim)) {
         for (value, p) in rows(values, dim).zip(p) {
             add_scaled(out, *p, value);
@@ -96,7 +76,8 @@ fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32
     }
 }
 
-fn max(x: &[f32]) -> f32 {
+#[inline(always)]
+pub(super) fn max(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     for x in x.chunks(LANES) {
         for (lane, &x) in lanes.iter_mut().zip(x) {
@@ -106,7 +87,8 @@ fn max(x: &[f32]) -> f32 {
     lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
 
-fn exp_sum(x: &mut [f32], max: f32) -> f32 {
+#[inline(always)]
+pub(super) fn exp_sum(x: &mut [f32], max: f32) -> f32 {
     x.iter_mut().for_each(|x| *x = exp(*x - max));
     sum(x, |x| x)
 }
@@ -146,13 +128,15 @@ fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
     }
 }
 
+#[inline(always)]
 fn rows(x: &[f32], len: usize) -> std::slice::ChunksExact<'_, f32> {
     x.chunks_exact(len)
 }
 
 /// The first `out.len()` (128 at most) of little-endian f16 `bytes`.
+#[inline(always)]
 fn read_f16(bytes: &[u8], out: &mut [f32]) {
-    let mut halves = [f16::ZERO; TILE];
+    let mut halves = [f16::ZERO; ROWS];
     let halves = &mut halves[..out.len()];
     for (half, bytes) in halves.iter_mut().zip(bytes.chunks_exact(2)) {
         *half = f16::from_le_bytes([bytes[0], bytes[1]]);

@@ -106,7 +106,7 @@ const LAYER: usize = 2;
 
 pub fn stored_bytes(case: Case) -> Result<usize> {
     let config = OttConfig::default();
-    let specs = shape(case).specs(&config, CpuOps::best())?;
+    let specs = shape(case).specs(&config, CpuOps::best()?)?;
     Ok(specs[LAYER].layout.page_bytes() * case.depth / config.group_size)
 }
 
