@@ -33,10 +33,10 @@ compiled_for! {"avx2,fma,f16c":
     fn quantize_group(x: &[f32], weight: &[f32], bits: u8, clip: Clip, codes: &mut [u8]) -> Option<Affine> = quantize;
     fn key_scores(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) = keys_kernel;
     fn value_sum(values: &Values<'_>, p: &[f32], out: &mut [f32]) = values_kernel;
-    fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = scalar::full_scores;
-    fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = scalar::full_sum;
-    fn max(x: &[f32]) -> f32 = scalar::max;
-    fn exp_sum(x: &mut [f32], max: f32) -> f32 = scalar::exp_sum;
+    fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = full_scores_kernel;
+    fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = full_sum_kernel;
+    fn max(x: &[f32]) -> f32 = max_kernel;
+    fn exp_sum(x: &mut [f32], max: f32) -> f32 = exp_sum_kernel;
 }
 
 /// Queries that share unpacked codes: 8 sums each of the 16 registers.
@@ -138,12 +138,188 @@ fn eight(bytes: &[u8], at: usize) -> i64 {
     i64::from_le_bytes(eight)
 }
 
+/// Keys four at a time, so that a query's numbers are loaded once for four.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn full_scores_kernel(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) {
+    let (q, scores) = (q.chunks_exact(2 * dim), scores.chunks_mut(2 * stride));
+    let last = q.remainder();
+    let mut scores = scores;
+    for (q, scores) in q.zip(scores.by_ref()) {
+        scores_of::<2>(keys, q, dim, scores, stride);
+    }
+    if let (false, Some(scores)) = (last.is_empty(), scores.next()) {
+        scores_of::<1>(keys, last, dim, scores, stride);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scores_of<const N: usize>(
+    keys: &[f32],
+    q: &[f32],
+    dim: usize,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let tokens = keys.len() / dim;
+    let mut t = 0;
+    while t + 4 <= tokens {
+        let sums = dot_products::<N, 4>(&keys[t * dim..], q, dim);
+        for (i, sums) in sums.iter().enumerate() {
+            scores[i * stride + t..][..4].copy_from_slice(sums);
+        }
+        t += 4;
+    }
+    for t in t..tokens {
+        let sums = dot_products::<N, 1>(&keys[t * dim..], q, dim);
+        for (i, sums) in sums.iter().enumerate() {
+            scores[i * stride + t] = sums[0];
+        }
+    }
+}
+
+/// Of `N` queries with the first `T` keys, 4 at most.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot_products<const N: usize, const T: usize>(
+    keys: &[f32],
+    q: &[f32],
+    dim: usize,
+) -> [[f32; 4]; N] {
+    let mut sums = [[_mm256_setzero_ps(); 4]; N];
+    let keys: [&[[f32; 8]]; T] = std::array::from_fn(|t| eights(&keys[t * dim..][..dim]));
+    let q: [&[[f32; 8]]; N] = std::array::from_fn(|i| eights(&q[i * dim..][..dim]));
+    for c in 0..dim / 8 {
+        for t in 0..T {
+            let key = load(&keys[t][c]);
+            for i in 0..N {
+                sums[i][t] = _mm256_fmadd_ps(key, load(&q[i][c]), sums[i][t]);
+            }
+        }
+    }
+    sums.map(|s| {
+        let pairs = [_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3])];
+        let halves = _mm256_hadd_ps(pairs[0], pairs[1]);
+        let high = _mm256_extractf128_ps::<1>(halves);
+        let all = _mm_add_ps(_mm256_castps256_ps128(halves), high);
+        let mut four = [0f32; 4];
+        // SAFETY: four numbers are written to four.
+        unsafe { _mm_storeu_ps(four.as_mut_ptr(), all) };
+        four
+    })
+}
+
+/// Channels 32 at a time, so that their sums stay in registers over all tokens.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn full_sum_kernel(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
+    for (p, out) in p.chunks(stride).zip(out.chunks_exact_mut(dim)) {
+        let mut c = 0;
+        while c + 32 <= dim {
+            weighted::<4>(values, p, dim, c, &mut out[c..c + 32]);
+            c += 32;
+        }
+        while c < dim {
+            weighted::<1>(values, p, dim, c, &mut out[c..c + 8]);
+            c += 8;
+        }
+    }
+}
+
+/// Channels `c..c + 8 W`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn weighted<const W: usize>(values: &[f32], p: &[f32], dim: usize, c: usize, out: &mut [f32]) {
+    let mut sums = [_mm256_setzero_ps(); W];
+    for (value, p) in values.chunks_exact(dim).zip(p) {
+        let p = _mm256_set1_ps(*p);
+        let value = eights(&value[c..c + 8 * W]);
+        for (sum, x) in sums.iter_mut().zip(value) {
+            *sum = _mm256_fmadd_ps(p, load(x), *sum);
+        }
+    }
+    for (out, sum) in out.chunks_exact_mut(8).zip(sums) {
+        add_to(out, sum);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn max_kernel(x: &[f32]) -> f32 {
+    let mut lanes = _mm256_set1_ps(f32::NEG_INFINITY);
+    let (eights, rest) = x.as_chunks::<8>();
+    for x in eights {
+        lanes = _mm256_max_ps(load(x), lanes);
+    }
+    let mut last = [f32::NEG_INFINITY; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let mut all = [0f32; 8];
+    store(&mut all, _mm256_max_ps(load(&last), lanes));
+    all.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn exp_sum_kernel(x: &mut [f32], max: f32) -> f32 {
+    let mut lanes = _mm256_setzero_ps();
+    let top = _mm256_set1_ps(max);
+    let (eights, rest) = x.as_chunks_mut::<8>();
+    for x in eights {
+        let y = exp(_mm256_sub_ps(load(x), top));
+        lanes = _mm256_add_ps(lanes, y);
+        store(x, y);
+    }
+    let mut last = [f32::NEG_INFINITY; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let y = exp(_mm256_sub_ps(load(&last), top));
+    store(&mut last, y);
+    rest.copy_from_slice(&last[..rest.len()]);
+    let mut all = [0f32; 8];
+    store(&mut all, _mm256_add_ps(lanes, y));
+    all.into_iter().sum()
+}
+
+/// [`scalar`]'s, with fused multiply-adds.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn exp(x: __m256) -> __m256 {
+    let (least, one) = (_mm256_set1_ps(-88.0), _mm256_set1_ps(1.0));
+    let bounded = _mm256_max_ps(x, least);
+    let n = _mm256_mul_ps(bounded, _mm256_set1_ps(std::f32::consts::LOG2_E));
+    let n = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(n);
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(scalar::LN2_HIGH), bounded);
+    let r = _mm256_fnmadd_ps(n, _mm256_set1_ps(scalar::LN2_LOW), r);
+    let mut y = _mm256_set1_ps(scalar::EXP[0]);
+    for c in &scalar::EXP[1..] {
+        y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(*c));
+    }
+    let y = _mm256_add_ps(_mm256_fmadd_ps(_mm256_mul_ps(y, r), r, r), one);
+    let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    let power = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent));
+    let counts = _mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_set1_ps(-87.0));
+    _mm256_and_ps(_mm256_mul_ps(y, power), counts)
+}
+
+/// `x` in eights; its length is a multiple of 8.
+#[inline(always)]
+fn eights(x: &[f32]) -> &[[f32; 8]] {
+    x.as_chunks().0
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load(x: &[f32; 8]) -> __m256 {
+    // SAFETY: eight numbers are read from eight.
+    unsafe { _mm256_loadu_ps(x.as_ptr()) }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store(out: &mut [f32; 8], x: __m256) {
+    // SAFETY: eight numbers are written to eight.
+    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), x) }
+}
+
 /// Add the first numbers of `x` to those of `out`, which may be fewer.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_to(out: &mut [f32], x: __m256) {
+    if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
+        let sum = _mm256_add_ps(load(out), x);
+        return store(out, sum);
+    }
     let mut numbers = [0f32; 8];
-    // SAFETY: eight numbers are written to eight.
-    unsafe { _mm256_storeu_ps(numbers.as_mut_ptr(), x) };
+    store(&mut numbers, x);
     for (out, x) in out.iter_mut().zip(numbers) {
         *out += x;
     }

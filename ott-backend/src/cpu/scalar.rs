@@ -93,22 +93,27 @@ pub(super) fn exp_sum(x: &mut [f32], max: f32) -> f32 {
     sum(x, |x| x)
 }
 
+/// ln 2 in two parts: multiples of the first up to 128 are exact.
+pub(super) const LN2_HIGH: f32 = 0.693_359_4;
+pub(super) const LN2_LOW: f32 = -2.121_944_4e-4;
+/// Coefficients of `(exp(r) - 1 - r) / r^2`, highest power first.
+pub(super) const EXP: [f32; 6] = [
+    1.987_569_1e-4,
+    1.398_199_9e-3,
+    8.333_452e-3,
+    4.166_579_6e-2,
+    1.666_666_5e-1,
+    0.5,
+];
+
 /// `exp` of a number that is 0 or less, to 2 units in the last place; 0 below -87. Cephes' `expf`
 /// with a two-part ln 2, without branches, so that a loop of it vectorizes.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
     let n = (x.max(-88.0) * std::f32::consts::LOG2_E).round_ties_even();
     let r = (x.max(-88.0) - n * LN2_HIGH) - n * LN2_LOW;
-    let mut y = 1.987_569_1e-4f32;
-    for c in [
-        1.398_199_9e-3,
-        8.333_452e-3,
-        4.166_579_6e-2,
-        1.666_666_5e-1,
-        0.5,
-    ] {
+    let mut y = EXP[0];
+    for c in &EXP[1..] {
         y = y * r + c;
     }
     let y = y * r * r + r + 1.0;
