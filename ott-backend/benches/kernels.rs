@@ -10,7 +10,10 @@ use ott_backend::{Clip, CpuOps};
 const TOKENS: usize = 128;
 
 fn main() {
-    let only: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let only: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| !a.starts_with('-'))
+        .collect();
     for ops in CpuOps::available() {
         if only.is_empty() || only.iter().any(|name| name == ops.name) {
             run(ops);
@@ -19,11 +22,31 @@ fn main() {
 }
 
 fn run(ops: &CpuOps) {
-    for (bits, dim, n) in [(2, 64, 1), (2, 64, 3), (2, 64, 7), (2, 128, 1), (2, 128, 4), (4, 128, 4)] {
+    for (bits, dim, n) in [
+        (2, 64, 1),
+        (2, 64, 3),
+        (2, 64, 7),
+        (2, 128, 1),
+        (2, 128, 4),
+        (4, 128, 4),
+    ] {
         let codes = vec![0x6Cu8; TOKENS * dim * bits as usize / 8];
         let halves = [0x66u8, 0x2E].repeat(dim.max(TOKENS)); // 0.1
-        let keys = Keys { bits, tokens: TOKENS, codes: &codes, scale: &halves, min: &halves };
-        let values = Values { bits, tokens: TOKENS, v_dim: dim, codes: &codes, scale: &halves, min: &halves };
+        let keys = Keys {
+            bits,
+            tokens: TOKENS,
+            codes: &codes,
+            scale: &halves,
+            min: &halves,
+        };
+        let values = Values {
+            bits,
+            tokens: TOKENS,
+            v_dim: dim,
+            codes: &codes,
+            scale: &halves,
+            min: &halves,
+        };
         let q: Vec<f32> = (0..n * dim).map(|i| (i % 7) as f32 - 3.0).collect();
         let p: Vec<f32> = (0..n * TOKENS).map(|i| (i % 7) as f32 * 0.1).collect();
         let mut scores = vec![0f32; n * TOKENS];
@@ -36,7 +59,9 @@ fn run(ops: &CpuOps) {
             ops.name, bytes / k, bytes / v
         );
     }
-    let x: Vec<f32> = (0..TOKENS).map(|i| (i * 37 % 101) as f32 * 0.1 - 9.0).collect();
+    let x: Vec<f32> = (0..TOKENS)
+        .map(|i| (i * 37 % 101) as f32 * 0.1 - 9.0)
+        .collect();
     let mut y = x.clone();
     let exp = least(|| {
         y.copy_from_slice(&x);
@@ -53,10 +78,22 @@ fn run(ops: &CpuOps) {
     let weight = [1f32; TOKENS];
     let mut codes = [0u8; TOKENS];
     let clip = least(|| {
-        black_box((ops.quantize_group)(black_box(&x), &weight, 2, Clip::Keys, &mut codes));
+        black_box((ops.quantize_group)(
+            black_box(&x),
+            &weight,
+            2,
+            Clip::Keys,
+            &mut codes,
+        ));
     });
     let plain = least(|| {
-        black_box((ops.quantize_group)(black_box(&x), &weight, 2, Clip::None, &mut codes));
+        black_box((ops.quantize_group)(
+            black_box(&x),
+            &weight,
+            2,
+            Clip::None,
+            &mut codes,
+        ));
     });
     println!(
         "{}: 128 exponentials {exp:.0} ns, maximum {max:.0} ns; 32 x 64 full precision, 3 queries: scores {scores:.0} ns, sums {sums:.0} ns; quantize 128: clipped {clip:.0} ns, plain {plain:.0} ns",

@@ -76,7 +76,9 @@ impl Case {
             k_dim: self.dim,
             v_dim: self.dim,
         };
-        let specs = shape.specs(&config, CpuOps::best().expect("known")).expect("served");
+        let specs = shape
+            .specs(&config, CpuOps::best().expect("known"))
+            .expect("served");
         let blocks = self.length / config.group_size + 2;
         let cache = Cache::<f16>::new(specs, blocks, 1);
         let table: Vec<usize> = (1..blocks).collect();

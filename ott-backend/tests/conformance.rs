@@ -24,6 +24,7 @@ struct Budget {
     sum: f64,
     mass: f64,
     terms: usize,
+    steps: f64,
 }
 
 impl Budget {
@@ -36,11 +37,26 @@ impl Budget {
             sum,
             mass,
             terms: count,
+            steps: 0.0,
         }
+    }
+
+    /// Beside that, factors in fixed point are off by half a step each, which counts as often as a
+    /// code is away from the middle one: `rows` are the factors with their codes.
+    fn with_steps(mut self, ops: &CpuOps, bits: u8, rows: impl Iterator<Item = (f64, u8)>) -> Self {
+        let middle = f64::from((1u16 << bits) - 1) / 2.0;
+        let (mut largest, mut distance) = (0f64, 0.0);
+        for (factor, code) in rows {
+            largest = largest.max(factor.abs());
+            distance += (f64::from(code) - middle).abs();
+        }
+        self.steps = f64::from(ops.factor_step) / 2.0 * largest * distance;
+        self
     }
 
     fn check(&self, got: f32, what: &str) {
         let allowed = (self.terms + 8) as f64 * f64::from(f32::EPSILON) / 2.0 * self.mass;
+        let allowed = allowed + self.steps;
         let error = (f64::from(got) - self.sum).abs();
         assert!(
             error <= allowed,
@@ -255,7 +271,12 @@ fn scores_of_sealed_keys() {
                         let q = f64::from(q[i * k_dim + c]);
                         [q * scale[c] * f64::from(codes[c * tokens + t]), q * min[c]]
                     });
-                    Budget::of(terms).check(scores[i * tokens + t], &what);
+                    let rows = (0..k_dim).map(|c| {
+                        let factor = f64::from(q[i * k_dim + c]) * scale[c];
+                        (factor, codes[c * tokens + t])
+                    });
+                    let budget = Budget::of(terms).with_steps(ops, bits, rows);
+                    budget.check(scores[i * tokens + t], &what);
                 }
             }
         }
@@ -298,7 +319,12 @@ fn sums_of_sealed_values() {
                         [p * scale[group + t] * f64::from(code), p * min[group + t]]
                     });
                     let before = f64::from(start[i * v_dim + c]);
-                    Budget::of(terms.chain([before])).check(out[i * v_dim + c], &what);
+                    let rows = (0..tokens).map(|t| {
+                        let factor = f64::from(p[i * tokens + t]) * scale[group + t];
+                        (factor, codes[t * v_dim + c])
+                    });
+                    let budget = Budget::of(terms.chain([before])).with_steps(ops, bits, rows);
+                    budget.check(out[i * v_dim + c], &what);
                 }
             }
         }

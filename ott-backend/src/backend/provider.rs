@@ -71,6 +71,7 @@ impl KvBackendProvider for OttProvider {
 
     fn check_options(&self, options: &str) -> anyhow::Result<()> {
         OttConfig::parse(options)?;
+        CpuOps::best()?;
         Ok(())
     }
 
@@ -224,6 +225,11 @@ mod tests {
             provider.memory(&shape(|s| s.block_size = 64)).map(drop),
             Err(Error::Device { kind: "CUDA" }.into()),
             Err(Error::Device { kind: "Metal" }.into()),
+            Err(Error::CpuOps {
+                name: "sse9".into(),
+                available: vec!["scalar", "avx2"],
+            }
+            .into()),
         ];
         let messages = refused.map(|r| r.expect_err("refused").to_string());
         insta::assert_snapshot!(messages.join("\n"), @r#"
@@ -235,6 +241,7 @@ mod tests {
         blocks of 64 tokens were asked for, but a block of the ott cache is one group of 128: leave the block size out, or set `group` to it (32, 64 or 128)
         the ott cache does not run on CUDA yet: its kernels are not built. Run with --cpu
         the ott cache does not run on Metal. Run with --cpu, or without --kv-cache
+        OTT_CPU=sse9: this machine has no such inner loops. It has scalar, avx2; without OTT_CPU the last one is taken
         "#);
     }
 

@@ -1,5 +1,8 @@
 //! AVX2 with FMA and F16C: codes become f32 by a look-up of four numbers, eight codes at a time.
 
+// Loops of a constant length over several arrays in step become registers.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 
 use super::compiled::compiled_for;
@@ -18,6 +21,7 @@ pub fn table() -> Option<&'static CpuOps> {
 
 static OPS: CpuOps = CpuOps {
     name: "avx2",
+    factor_step: 0.0,
     l1_norm,
     quantize_group,
     key_scores,

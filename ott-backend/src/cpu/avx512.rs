@@ -6,6 +6,9 @@
 //! the middle code (what rounding changes in the middle is put back), beside the roundings of f32.
 //! Codes themselves are off by up to half of a whole factor.
 
+// Loops of a constant length over several arrays in step become registers.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 
 use super::compiled::compiled_for;
@@ -26,6 +29,7 @@ pub fn table() -> Option<&'static CpuOps> {
 
 static OPS: CpuOps = CpuOps {
     name: "avx512",
+    factor_step: 1.0 / LIMIT,
     l1_norm,
     quantize_group,
     key_scores,

@@ -59,6 +59,9 @@ pub type QuantizeGroup = fn(&[f32], &[f32], u8, Clip, &mut [u8]) -> Option<Affin
 pub struct CpuOps {
     /// `scalar`, or the instruction set.
     pub name: &'static str,
+    /// Attention over codes multiplies with scales folded into factors. Step to which factors are
+    /// rounded, as a share of the largest of those that are added up; 0 if they stay f32.
+    pub factor_step: f32,
     /// L1 norm of a key, summed in the order of [`LANES`](crate::quantize::LANES).
     pub l1_norm: fn(x: &[f32]) -> f32,
     /// [`quantize_group`](crate::quantize::quantize_group).

@@ -12,6 +12,7 @@ use crate::quantize::{quantize_group, sum, sum2, LANES};
 /// The table.
 pub static OPS: CpuOps = CpuOps {
     name: "scalar",
+    factor_step: 0.0,
     l1_norm,
     quantize_group,
     key_scores,
@@ -49,11 +50,11 @@ pub(super) fn add_strip(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
         let base = sum2(x.of(n, strip), min, |x, m| x * m);
         out.of(n, strip).iter_mut().for_each(|o| *o += base);
     }
-    for r in 0..strip.rows {
+    for (r, scale) in scale.iter().enumerate() {
         let row = &strip.codes[r * strip.stride..][..packed_len(strip.columns, strip.bits)];
         unpack_f32(row, strip.bits, codes);
         for n in 0..x.len() {
-            add_scaled(out.of(n, strip), x.of(n, strip)[r] * scale[r], codes);
+            add_scaled(out.of(n, strip), x.of(n, strip)[r] * scale, codes);
         }
     }
 }
