@@ -5,16 +5,31 @@
 //! slot in the page holds has no weight. Query heads of one kv head share the unpacking.
 //!
 //! The context is cut into splits of [`SPLIT`] pages, which threads take in any order and which are
-//! merged in order: results do not depend on the number of threads.
+//! merged in order: results do not depend on the number of threads. Buffers belong to threads and
+//! are kept, so that a layer allocates nothing once they have grown.
 //!
 //! [`CpuOps`]: crate::cpu::CpuOps
+
+use std::cell::Cell;
 
 use rayon::prelude::*;
 
 use crate::cache::{Element, LayerCache, Row, CHUNK};
+use crate::layout::PageLayout;
 
 /// Pages of a split.
-pub const SPLIT: usize = 8;
+pub const SPLIT: usize = 4;
+
+/// Multiplications below which a step stays on the calling thread: some ten microseconds of them,
+/// about what it costs to wake another one.
+const SMALL: usize = 1 << 18;
+
+thread_local! {
+    /// Of a step: the partial softmaxes. Taken while in use: a thread that waits may begin another.
+    static PARTIALS: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// Of a task.
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
 
 /// Queries of one layer in one step.
 #[derive(Clone, Copy, Debug)]
@@ -40,32 +55,26 @@ pub fn decode<E: Element>(
     let layout = &layer.spec().layout;
     let heads = layout.num_kv_heads;
     let len = queries.num_heads / heads * queries.tokens;
-    let span = SPLIT * layout.group_size;
-    let splits = |row: &Row<'_>| row.end().div_ceil(span);
-    let tasks: Vec<Task<'_, E>> = rows
-        .iter()
-        .enumerate()
-        .flat_map(|(r, row)| (0..heads).map(move |head| (r, row, head)))
-        .flat_map(|(r, row, head)| {
-            let at = (r * heads + head) * len * layout.k_dim;
-            (0..splits(row)).map(move |split| Task {
-                layer,
-                row: *row,
-                head,
-                q: &queries.q[at..at + len * layout.k_dim],
-                tokens: queries.tokens,
-                softcap: queries.softcap,
-                pages: (split * SPLIT, (split + 1) * SPLIT),
-            })
-        })
-        .collect();
-    let partials: Vec<Partial> = tasks.par_iter().map(Task::run).collect();
-    let mut partials = partials.into_iter();
+    let size = len * (layout.v_dim + 2);
+    let task = |i: usize| Task::new(layer, rows, queries, i);
+    let count = heads * rows.iter().map(|row| splits(row, layout)).sum::<usize>();
+    let mut partials = PARTIALS.take();
+    partials.resize(count * size, 0.0);
+    let tokens: usize = rows.iter().map(Row::end).sum();
+    if tokens * heads * len * (layout.k_dim + layout.v_dim) < SMALL {
+        let parts = partials.chunks_exact_mut(size).enumerate();
+        parts.for_each(|(i, part)| task(i).run(Partial::new(part, len)));
+    } else {
+        let parts = partials.par_chunks_exact_mut(size).enumerate();
+        parts.for_each(|(i, part)| task(i).run(Partial::new(part, len)));
+    }
+    let mut parts = partials.chunks_exact_mut(size);
     let outputs = out.chunks_exact_mut(len * layout.v_dim);
     for (i, out) in outputs.enumerate() {
         let row = &rows[i / heads];
-        let all = partials.by_ref().take(splits(row)).reduce(Partial::merge);
-        if let Some(all) = all {
+        let parts = parts.by_ref().take(splits(row, layout));
+        let all = parts.map(|part| Partial::new(part, len));
+        if let Some(all) = all.reduce(Partial::merge) {
             all.finish(out);
         }
         for (j, out) in out.chunks_exact_mut(layout.v_dim).enumerate() {
@@ -74,6 +83,11 @@ pub fn decode<E: Element>(
             }
         }
     }
+    PARTIALS.set(partials);
+}
+
+fn splits(row: &Row<'_>, layout: &PageLayout) -> usize {
+    row.end().div_ceil(SPLIT * layout.group_size)
 }
 
 /// The queries of one kv head of one row over one split.
@@ -89,14 +103,15 @@ struct Task<'a, E> {
 }
 
 /// Softmaxes over some tokens, not divided by their `sum` yet.
-struct Partial {
-    max: Vec<f32>,
-    sum: Vec<f32>,
+struct Partial<'a> {
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
     /// `(queries, v_dim)`.
-    out: Vec<f32>,
+    out: &'a mut [f32],
 }
 
 /// Buffers of a task.
+#[derive(Default)]
 struct Scratch {
     /// `(queries, G)`: scores, then weights.
     scores: Vec<f32>,
@@ -106,33 +121,67 @@ struct Scratch {
     column: Vec<f32>,
 }
 
-impl<E: Element> Task<'_, E> {
-    fn run(&self) -> Partial {
+impl<'a, E: Element> Task<'a, E> {
+    /// Number `i`, counted by row, then by head, then by split.
+    fn new(layer: &'a LayerCache<E>, rows: &[Row<'a>], queries: &Queries<'a>, i: usize) -> Self {
+        let layout = &layer.spec().layout;
+        let heads = layout.num_kv_heads;
+        let (mut r, mut rest) = (0, i);
+        while rest >= heads * splits(&rows[r], layout) {
+            rest -= heads * splits(&rows[r], layout);
+            r += 1;
+        }
+        let (head, split) = (
+            rest / splits(&rows[r], layout),
+            rest % splits(&rows[r], layout),
+        );
+        let size = queries.num_heads / heads * queries.tokens * layout.k_dim;
+        Self {
+            layer,
+            row: rows[r],
+            head,
+            q: &queries.q[(r * heads + head) * size..][..size],
+            tokens: queries.tokens,
+            softcap: queries.softcap,
+            pages: (split * SPLIT, (split + 1) * SPLIT),
+        }
+    }
+
+    fn run(&self, mut partial: Partial<'_>) {
         let layout = &self.layer.spec().layout;
         let group = layout.group_size;
         let len = self.q.len() / layout.k_dim;
-        let mut partial = Partial {
-            max: vec![f32::NEG_INFINITY; len],
-            sum: vec![0.0; len],
-            out: vec![0.0; len * layout.v_dim],
-        };
-        let mut scratch = Scratch {
-            scores: vec![0.0; len * group],
-            wide: vec![0.0; CHUNK * layout.k_dim.max(layout.v_dim)],
-            column: vec![0.0; len],
-        };
+        partial.max.fill(f32::NEG_INFINITY);
+        partial.sum.fill(0.0);
+        partial.out.fill(0.0);
+        let mut scratch = SCRATCH.take();
+        scratch.scores.resize(len * group, 0.0);
+        let width = layout.k_dim.max(layout.v_dim);
+        scratch.wide.resize(CHUNK * width, 0.0);
+        scratch.column.resize(len, 0.0);
         let end = self.pages.1.min(self.row.end().div_ceil(group));
         for i in self.pages.0..end {
+            self.prefetch(i + 1);
             match self.layer.is_sealed(self.row.table[i]) {
                 true => self.sealed(i, &mut scratch, &mut partial),
                 false => self.open(i, &mut scratch, &mut partial),
             }
         }
-        partial
+        SCRATCH.set(scratch);
+    }
+
+    /// Fetch a page while the one before it is computed: heads of pages lie far from each other, so
+    /// that the processor does not see where the next one is.
+    fn prefetch(&self, i: usize) {
+        let next =
+            self.row.table[..self.row.end().div_ceil(self.layer.spec().layout.group_size)].get(i);
+        if let Some(block) = next.filter(|b| self.layer.is_sealed(**b)) {
+            (self.layer.spec().ops.prefetch)(self.layer.head(*block, self.head).bytes);
+        }
     }
 
     /// A sealed page and its traced tokens.
-    fn sealed(&self, i: usize, scratch: &mut Scratch, partial: &mut Partial) {
+    fn sealed(&self, i: usize, scratch: &mut Scratch, partial: &mut Partial<'_>) {
         let spec = self.layer.spec();
         let (layout, ops) = (&spec.layout, spec.ops);
         let (group, block) = (layout.group_size, self.row.table[i]);
@@ -155,13 +204,13 @@ impl<E: Element> Task<'_, E> {
             for (p, column) in scores.chunks_exact_mut(group).zip(&mut scratch.column) {
                 *column = std::mem::take(&mut p[t]);
             }
-            (ops.full_sum)(value, &scratch.column, 1, layout.v_dim, &mut partial.out);
+            (ops.full_sum)(value, &scratch.column, 1, layout.v_dim, partial.out);
         }
-        (ops.value_sum)(&page.values(), scores, &mut partial.out);
+        (ops.value_sum)(&page.values(), scores, partial.out);
     }
 
     /// Full-precision tokens, chunk by chunk.
-    fn open(&self, i: usize, scratch: &mut Scratch, partial: &mut Partial) {
+    fn open(&self, i: usize, scratch: &mut Scratch, partial: &mut Partial<'_>) {
         let spec = self.layer.spec();
         let (layout, ops) = (&spec.layout, spec.ops);
         let start = i * layout.group_size;
@@ -179,7 +228,7 @@ impl<E: Element> Task<'_, E> {
             self.weigh(start + chunk * CHUNK, tokens, scores, CHUNK, partial);
             let wide = &mut scratch.wide[..tokens * layout.v_dim];
             E::widen(&values[..tokens * layout.v_dim], wide);
-            (ops.full_sum)(wide, scores, CHUNK, layout.v_dim, &mut partial.out);
+            (ops.full_sum)(wide, scores, CHUNK, layout.v_dim, partial.out);
         }
     }
 
@@ -190,7 +239,7 @@ impl<E: Element> Task<'_, E> {
         len: usize,
         scores: &mut [f32],
         stride: usize,
-        partial: &mut Partial,
+        partial: &mut Partial<'_>,
     ) {
         let spec = self.layer.spec();
         for (j, scores) in scores.chunks_exact_mut(stride).enumerate() {
@@ -213,7 +262,14 @@ impl<E: Element> Task<'_, E> {
     }
 }
 
-impl Partial {
+impl<'a> Partial<'a> {
+    /// In a buffer of `len * (v_dim + 2)` numbers.
+    fn new(buffer: &'a mut [f32], len: usize) -> Self {
+        let (max, rest) = buffer.split_at_mut(len);
+        let (sum, out) = rest.split_at_mut(len);
+        Self { max, sum, out }
+    }
+
     /// Make `max` the maximum of query `j`; not below the present one.
     fn rescale(&mut self, j: usize, max: f32) {
         if max > self.max[j] {
@@ -226,7 +282,7 @@ impl Partial {
         }
     }
 
-    fn merge(mut self, mut other: Self) -> Self {
+    fn merge(mut self, mut other: Partial<'_>) -> Self {
         let v_dim = self.out.len() / self.max.len();
         for j in 0..self.max.len() {
             let max = self.max[j].max(other.max[j]);
@@ -245,7 +301,7 @@ impl Partial {
         let rows = out
             .chunks_exact_mut(v_dim)
             .zip(self.out.chunks_exact(v_dim));
-        for ((out, sums), sum) in rows.zip(&self.sum) {
+        for ((out, sums), sum) in rows.zip(&*self.sum) {
             let inverse = 1.0 / sum;
             out.iter_mut().zip(sums).for_each(|(o, x)| *o = x * inverse);
         }

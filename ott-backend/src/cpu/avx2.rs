@@ -28,6 +28,7 @@ static OPS: CpuOps = CpuOps {
     value_sum,
     full_scores,
     full_sum,
+    prefetch,
     max,
     exp_sum,
 };
@@ -41,6 +42,14 @@ compiled_for! {"avx2,fma,f16c":
     fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = full_sum_kernel;
     fn max(x: &[f32]) -> f32 = max_kernel;
     fn exp_sum(x: &mut [f32], max: f32) -> f32 = exp_sum_kernel;
+}
+
+/// One hint for each line of 64 bytes.
+pub fn prefetch(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        // SAFETY: a hint reads nothing; SSE is part of x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
 }
 
 /// Queries that share unpacked codes: 8 sums each of the 16 registers.

@@ -36,6 +36,7 @@ static OPS: CpuOps = CpuOps {
     value_sum,
     full_scores,
     full_sum,
+    prefetch: avx2::prefetch,
     max,
     exp_sum,
 };

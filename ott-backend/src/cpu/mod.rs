@@ -75,6 +75,8 @@ pub struct CpuOps {
     pub full_scores: fn(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize),
     /// Add weighted full-precision values `(tokens, dim)`: weights `p (n, stride)`, `out (n, dim)`.
     pub full_sum: fn(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]),
+    /// Bytes that will be read soon: the processor may fetch them meanwhile.
+    pub prefetch: fn(bytes: &[u8]),
     /// The largest of some numbers; `-inf` of none.
     pub max: fn(x: &[f32]) -> f32,
     /// `x = exp(x - max)` in place; returns their sum.
