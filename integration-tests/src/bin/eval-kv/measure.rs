@@ -145,7 +145,7 @@ fn page_bits(spec: &str, shape: &ModelShape) -> Result<f64> {
         return Ok(Codec::parse(spec)?.bits());
     }
     let config = OttConfig::parse(options)?;
-    let specs = shape.specs(&config, CpuOps::best())?;
+    let specs = shape.specs(&config, CpuOps::best()?)?;
     let bytes: usize = specs.iter().map(|s| s.layout.page_bytes()).sum();
     Ok((bytes * 8) as f64 / (numbers(shape) * config.group_size) as f64)
 }

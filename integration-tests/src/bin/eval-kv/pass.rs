@@ -197,7 +197,7 @@ impl<'a> Text<'a> {
             layer: self.layer,
             config: *config,
             layout: PageLayout::new(config, self.layer, l.num_kv_heads, l.k_dim, l.v_dim)?,
-            ops: CpuOps::best(),
+            ops: CpuOps::best()?,
         };
         let blocks = self.tokens.div_ceil(config.group_size);
         Ok((
