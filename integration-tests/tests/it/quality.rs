@@ -22,9 +22,9 @@ struct Budget {
     top1: f64,
 }
 
-/// About twice what was measured: 0.0000, 0.0026, 0.0072, 0.065 nats, and 100, 98, 96, 87 %. 104 positions make
-/// a noisy mean.
-const BUDGETS: [Budget; 4] = [
+/// About twice what was measured: 0.0000, 0.0029, 0.0069, 0.038, 0.132, 0.183 nats, and 100, 97, 94, 89, 77, 70 %.
+/// 104 positions make a noisy mean.
+const BUDGETS: [Budget; 6] = [
     Budget {
         spec: "toy-f32",
         divergence: 1e-4,
@@ -42,10 +42,22 @@ const BUDGETS: [Budget; 4] = [
     },
     Budget {
         spec: "ott",
-        divergence: 0.13,
-        top1: 0.75,
+        divergence: 0.08,
+        top1: 0.78,
+    },
+    Budget {
+        spec: "ott:paper",
+        divergence: 0.26,
+        top1: 0.62,
+    },
+    Budget {
+        spec: "ott:paper,outliers=0",
+        divergence: 0.37,
+        top1: 0.55,
     },
 ];
+/// How much farther off the paper's setting is without tracing, at least; measured 1.39.
+const TRACING: f64 = 1.15;
 
 #[test]
 fn answers_stay_within_their_budgets() -> Result<()> {
@@ -78,6 +90,9 @@ fn answers_stay_within_their_budgets() -> Result<()> {
             measured.is_sorted(),
             "fewer bits are farther off: {measured:?}"
         );
+        if let [.., traced, untraced] = measured[..] {
+            assert!(untraced >= TRACING * traced, "tracing: {measured:?}");
+        }
         Ok(())
     })
 }
