@@ -312,7 +312,7 @@ impl Error {
             }
             Self::Device { kind: "CUDA" } => write!(
                 f,
-                "the ott cache does not run on CUDA yet: its kernels are not built. Run with --cpu"
+                "the ott cache does not run on CUDA yet: its kernels are not joined to it. Run with --cpu"
             ),
             Self::Device { kind } => write!(
                 f,

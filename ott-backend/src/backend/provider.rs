@@ -240,7 +240,7 @@ mod tests {
         layer 0 has 10 query heads for 3 key/value heads, which is no whole ratio: run this model without --kv-cache
         the ott cache takes activations in f16, bf16 or f32, not u8
         blocks of 64 tokens were asked for, but a block of the ott cache is one group of 128: leave the block size out, or set `group` to it (32, 64 or 128)
-        the ott cache does not run on CUDA yet: its kernels are not built. Run with --cpu
+        the ott cache does not run on CUDA yet: its kernels are not joined to it. Run with --cpu
         the ott cache does not run on Metal. Run with --cpu, or without --kv-cache
         OTT_CPU=sse9: this machine has no such inner loops. It has scalar, avx2; without OTT_CPU the last one is taken
         "#);
