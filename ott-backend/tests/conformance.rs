@@ -7,7 +7,7 @@ mod reference;
 
 use half::f16;
 use ott_backend::cpu::{Keys, Values};
-use ott_backend::pack::{pack, packed_len, unpack, unpack_f32};
+use ott_backend::pack::{pack, pack_high, packed_len, unpack, unpack_f32};
 use ott_backend::{Clip, CpuOps};
 use reference::Range;
 
@@ -50,7 +50,7 @@ impl Budget {
             largest = largest.max(factor.abs());
             distance += (f64::from(code) - middle).abs();
         }
-        self.steps = f64::from(ops.factor_step) / 2.0 * largest * distance;
+        self.steps += f64::from(ops.factor_step) / 2.0 * largest * distance;
         self
     }
 
@@ -242,6 +242,35 @@ fn magnitudes() {
     });
 }
 
+/// Third bits of some channels: none, few, or half of them, by `seed`.
+struct Third {
+    channels: Vec<usize>,
+    boosted: Vec<u8>,
+    /// 0 or 4, `(M, tokens)`.
+    codes: Vec<u8>,
+    packed: Vec<u8>,
+}
+
+fn third_bits(seed: usize, k_dim: usize, tokens: usize, bits: u8) -> Third {
+    let share = if bits == 2 { seed % 4 } else { 0 };
+    let count = [0, k_dim * 12 / 64, k_dim / 2, 1][share];
+    let channels: Vec<usize> = (0..count).map(|i| i * k_dim / count).collect();
+    let codes = paint_codes(seed, count * tokens, 1);
+    let codes: Vec<u8> = codes.iter().map(|bit| bit << 2).collect();
+    let mut packed = vec![0; packed_len(codes.len(), 1)];
+    let planes = packed.chunks_exact_mut(packed_len(tokens, 1));
+    for (codes, out) in codes.chunks_exact(tokens).zip(planes) {
+        pack_high(codes, out);
+    }
+    let boosted = channels.iter().flat_map(|c| (*c as u16).to_le_bytes());
+    Third {
+        boosted: boosted.collect(),
+        channels,
+        codes,
+        packed,
+    }
+}
+
 #[test]
 fn scores_of_sealed_keys() {
     for_each_table(|ops| {
@@ -255,27 +284,34 @@ fn scores_of_sealed_keys() {
                 }
                 let (scale, scale_bytes) = paint_f16(3, k_dim);
                 let (min, min_bytes) = paint_f16(5, k_dim);
+                let third = third_bits(tokens + n, k_dim, tokens, bits);
                 let keys = Keys {
                     bits,
                     tokens,
                     codes: &packed,
                     scale: &scale_bytes,
                     min: &min_bytes,
+                    boosted: &third.boosted,
+                    high: &third.packed,
                 };
                 let q = paint(7, n * k_dim);
                 let mut scores = vec![f32::NAN; n * tokens];
                 (ops.key_scores)(&keys, &q, k_dim, &mut scores);
                 for (i, t) in (0..n).flat_map(|i| (0..tokens).map(move |t| (i, t))) {
                     let what = format!("{}: {bits} bits, query {i}, key {t}", ops.name);
+                    let factor = |c: usize| f64::from(q[i * k_dim + c]) * scale[c];
+                    let worth = |m: usize| 4.0 * factor(third.channels[m]);
+                    let high = |m: usize| third.codes[m * tokens + t] >> 2;
                     let terms = (0..k_dim).flat_map(|c| {
-                        let q = f64::from(q[i * k_dim + c]);
-                        [q * scale[c] * f64::from(codes[c * tokens + t]), q * min[c]]
+                        let base = f64::from(q[i * k_dim + c]) * min[c];
+                        [factor(c) * f64::from(codes[c * tokens + t]), base]
                     });
-                    let rows = (0..k_dim).map(|c| {
-                        let factor = f64::from(q[i * k_dim + c]) * scale[c];
-                        (factor, codes[c * tokens + t])
-                    });
-                    let budget = Budget::of(terms).with_steps(ops, bits, rows);
+                    let beside = (0..third.channels.len()).map(|m| worth(m) * f64::from(high(m)));
+                    let rows = (0..k_dim).map(|c| (factor(c), codes[c * tokens + t]));
+                    let high = (0..third.channels.len()).map(|m| (worth(m), high(m)));
+                    let budget = Budget::of(terms.chain(beside))
+                        .with_steps(ops, bits, rows)
+                        .with_steps(ops, 1, high);
                     budget.check(scores[i * tokens + t], &what);
                 }
             }
