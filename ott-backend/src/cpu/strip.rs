@@ -16,13 +16,13 @@ pub const COLUMNS: usize = 128;
 /// Rows of codes that share their columns.
 #[derive(Clone, Copy, Debug)]
 pub struct Strip<'a> {
-    /// Bits per code; 1 for third bits of keys.
+    /// Bits per code; 1 for high bits of keys.
     pub bits: u8,
     /// From the first row's first byte on.
     pub codes: &'a [u8],
     /// Bytes from a row to the next.
     pub stride: usize,
-    /// Up to [`ROWS`]; a multiple of 8, but for third bits, whose `scale` and `min` go on to one.
+    /// Up to [`ROWS`]; a multiple of 8, but for high bits, whose `scale` and `min` go on to one.
     pub rows: usize,
     /// Codes of a row, packed by themselves; up to [`COLUMNS`] and a multiple of 8.
     pub columns: usize,
@@ -112,12 +112,13 @@ pub fn sum_keys(
     }
 }
 
-/// Most rows and queries of a strip of third bits.
+/// Most rows and queries of a strip of high bits.
 const HIGH_ROWS: usize = 32;
 const HIGH_QUERIES: usize = 8;
 
-/// Third bits are a strip too: channels from the `start`-th boosted one on, for queries from `first`
-/// on. Their scales and the queries' numbers, times 4, are gathered.
+/// High bits are a strip too: channels from the `start`-th boosted one on, for queries from `first`
+/// on. Their scales and the queries' numbers, times what the
+/// bit is worth, are gathered.
 #[inline(always)]
 fn sum_high(
     keys: &Keys<'_>,
@@ -128,6 +129,8 @@ fn sum_high(
 ) {
     let rows = HIGH_ROWS.min(keys.boosted.len() / 2 - start);
     let queries = HIGH_QUERIES.min(q.len() - first);
+    // Boosted codes have 5 bits at most.
+    let worth = f32::from(1u8 << keys.bits.min(4));
     let mut x = [0f32; HIGH_ROWS * HIGH_QUERIES];
     let mut scale = [0u8; 2 * HIGH_ROWS];
     for r in 0..rows {
@@ -135,7 +138,7 @@ fn sum_high(
         if c < q.stride {
             scale[2 * r..2 * r + 2].copy_from_slice(&keys.scale[2 * c..2 * c + 2]);
             for n in 0..queries {
-                x[n * rows + r] = 4.0 * q.x[(first + n) * q.stride + c];
+                x[n * rows + r] = worth * q.x[(first + n) * q.stride + c];
             }
         }
     }
