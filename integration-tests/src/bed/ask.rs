@@ -248,12 +248,14 @@ fn token(logprob: &Value) -> Option<(String, f32)> {
     Some((token.to_owned(), logprob["logprob"].as_f64()? as f32))
 }
 
-fn check(answer: Answer) -> Result<Answer> {
-    for choice in &answer.choices {
+fn check(mut answer: Answer) -> Result<Answer> {
+    for choice in &mut answer.choices {
         let empty = choice.tokens.is_empty() && choice.text.is_empty();
         if choice.finish.is_empty() || empty {
             bail!("an answer is not complete: {choice:?}");
         }
+        // Blanks before the first word are streamed, and left out of an answer at once.
+        choice.text = choice.text.trim_start().to_owned();
     }
     ensure!(!answer.choices.is_empty(), "no answer");
     Ok(answer)
