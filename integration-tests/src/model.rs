@@ -62,12 +62,43 @@ pub fn exact(path: &Path) -> Result<PathBuf> {
     converted(path, GgmlDType::F32)
 }
 
+/// A copy of `path` beside it that ends after its first `layers` layers, made once. Its answers mean nothing, but a
+/// server does with it all that it does with the whole, several times as often.
+pub fn shallow(path: &Path, layers: usize) -> Result<PathBuf> {
+    copied(path, &format!("{layers}-layers"), |content| {
+        let key = content
+            .metadata
+            .keys()
+            .find(|key| key.ends_with(".block_count"))
+            .cloned()
+            .context("the file says how many layers it has")?;
+        let count = u32::try_from(layers)?;
+        content.metadata.insert(key, Value::U32(count));
+        content.tensor_infos.retain(|name, _| {
+            let layer = name.strip_prefix("blk.").and_then(|n| n.split('.').next());
+            layer.is_none_or(|n| n.parse().is_ok_and(|n: usize| n < layers))
+        });
+        Ok(None)
+    })
+}
+
 fn converted(path: &Path, dtype: GgmlDType) -> Result<PathBuf> {
-    let copy = path.with_extension(format!("{dtype:?}.gguf"));
+    copied(path, &format!("{dtype:?}"), |_| Ok(Some(dtype)))
+}
+
+/// A copy of `path` beside it, made once. `edit` changes what is copied and chooses how quantized weights are kept:
+/// `None` as they are.
+fn copied(
+    path: &Path,
+    name: &str,
+    edit: impl FnOnce(&mut Content) -> Result<Option<GgmlDType>>,
+) -> Result<PathBuf> {
+    let copy = path.with_extension(format!("{name}.gguf"));
     if !copy.exists() {
-        eprintln!("Converting {} to {dtype:?} weights (once)", path.display());
+        eprintln!("Making {} (once)", copy.display());
         let mut reader = BufReader::new(File::open(path)?);
-        let content = Content::read(&mut reader)?;
+        let mut content = Content::read(&mut reader)?;
+        let dtype = edit(&mut content)?;
         let partial = copy.with_extension(format!("partial-{}", std::process::id()));
         convert(&content, &mut reader, &partial, dtype)?;
         std::fs::rename(&partial, &copy)?;
@@ -79,7 +110,7 @@ fn convert(
     content: &Content,
     reader: &mut BufReader<File>,
     to: &Path,
-    dtype: GgmlDType,
+    dtype: Option<GgmlDType>,
 ) -> Result<()> {
     let mut tensors = Vec::with_capacity(content.tensor_infos.len());
     for name in content.tensor_infos.keys() {
@@ -88,9 +119,9 @@ fn convert(
             tensor.dtype(),
             GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16
         );
-        let tensor = match plain {
-            true => tensor,
-            false => QTensor::quantize(&tensor.dequantize(&Device::Cpu)?, dtype)?,
+        let tensor = match dtype {
+            Some(dtype) if !plain => QTensor::quantize(&tensor.dequantize(&Device::Cpu)?, dtype)?,
+            _ => tensor,
         };
         tensors.push((name.as_str(), tensor));
     }
