@@ -84,6 +84,21 @@ impl Layer {
         })
     }
 
+    /// Forget everything.
+    pub fn clear(&mut self) {
+        match self {
+            Self::Ott(kept) => {
+                kept.cache.reset();
+                kept.tokens = 0;
+            }
+            Self::Rounded(rounded) => {
+                let heads = rounded.k.iter_mut().chain(&mut rounded.v);
+                heads.for_each(Vec::clear);
+                rounded.tokens = 0;
+            }
+        }
+    }
+
     /// Tokens kept.
     pub fn tokens(&self) -> usize {
         match self {

@@ -3,7 +3,8 @@
 //!
 //! The host runs its layers over thousands of tokens at once; here each layer takes them in steps, stores them in the
 //! real cache and attends through it ([`layer`]). A text is longer than a prompt's logits may be: so it comes as prompts
-//! that begin alike, of which the host reads what is new, after a prefix hit.
+//! that begin alike, of which the host reads what is new, after a prefix hit. Its last block it reads again; what the
+//! layers have of it stays, and what they say of it nobody asks for a second time.
 
 mod layer;
 mod method;
@@ -99,8 +100,12 @@ struct PassCache {
 
 impl KvCacheBackend for PassCache {
     fn begin_step(&self, plan: KvPlan) -> Result<Arc<dyn KvStep>> {
-        let layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        let follows = |past| layers.iter().all(|layer| layer.tokens() == past);
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        // The host's first request of all, when a model is loaded, is its own.
+        if plan.rows.iter().all(|row| row.past == 0) {
+            layers.iter_mut().for_each(Layer::clear);
+        }
+        let follows = |past| layers.iter().all(|layer| layer.tokens() >= past);
         match &plan.rows[..] {
             [row] if plan.prompt && follows(row.past) => {}
             rows => bail!("`pass` reads one text, prompt after prompt, and not {rows:?}"),
@@ -146,10 +151,14 @@ impl KvStep for PassStep {
     ) -> Result<Option<Tensor>> {
         let layers = self.0.layers.lock();
         let mut layers = layers.unwrap_or_else(PoisonError::into_inner);
-        let out = layers[layer].attend(q, k, v, attn);
+        let past = self.1.rows.first().map_or(0, |row| row.past);
+        let known = layers[layer].tokens().saturating_sub(past);
+        let (num_heads, new, v_dim) = (q.dim(1)?, q.dim(2)? - known, v.dim(3)?);
+        let unknown = |x: &Tensor| x.narrow(2, known, new);
+        let out = layers[layer].attend(&unknown(q)?, &unknown(k)?, &unknown(v)?, attn);
         let out = out.map_err(|error| candle_core::Error::Msg(format!("{error:#}")))?;
-        let shape = (1, q.dim(1)?, q.dim(2)?, v.dim(3)?);
-        Tensor::from_vec(out, shape, &Device::Cpu)?
+        let out = Tensor::from_vec(out, (1, num_heads, new, v_dim), &Device::Cpu)?;
+        out.pad_with_zeros(2, known, 0)?
             .to_dtype(q.dtype())
             .map(Some)
     }
