@@ -28,7 +28,7 @@ use kept::Kept;
 /// Compare KV caches with full precision.
 #[derive(Parser)]
 struct Args {
-    /// A GGUF file (default: SmolLM2-135M).
+    /// A GGUF file or a folder of safetensors (default: SmolLM2-135M).
     #[arg(short, long)]
     model: Option<PathBuf>,
     /// What is asked.
