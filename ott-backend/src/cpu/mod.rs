@@ -32,6 +32,11 @@ pub struct Keys<'a> {
     pub scale: &'a [u8],
     /// `(k_dim)` f16, little-endian.
     pub min: &'a [u8],
+    /// `(M)` u16, little-endian: channels whose codes have one more bit, worth 2^bits. Others than
+    /// `0..k_dim` count nothing.
+    pub boosted: &'a [u8],
+    /// `(M, tokens)`: these bits, packed along tokens.
+    pub high: &'a [u8],
 }
 
 /// Quantized values of one head in one page.
