@@ -96,10 +96,12 @@ impl OttConfig {
         }
     }
 
-    /// About 3 bits of a number: 3-bit keys, a fourth bit for three sixteenths of their channels.
+    /// About 3 bits of a number: 3-bit keys, a fourth bit for three sixteenths of their channels, and
+    /// a window of 64 tokens.
     pub const fn three_bits() -> Self {
         Self {
             k_bits: 3,
+            residual: 64,
             ..Self::two_bits()
         }
     }
@@ -389,9 +391,9 @@ mod tests {
         bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
         k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
         kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
-        3bit               -> k_bits=3,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
+        3bit               -> k_bits=3,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
         4bit               -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
-        3bit,k_bits=4      -> k_bits=4,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
+        3bit,k_bits=4      -> k_bits=4,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
         bits=3,boost=8     -> k_bits=3,v_bits=3,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=8
         "#);
     }

@@ -16,7 +16,7 @@ pub const COLUMNS: usize = 128;
 /// Rows of codes that share their columns.
 #[derive(Clone, Copy, Debug)]
 pub struct Strip<'a> {
-    /// Bits per code; 1 for high bits of keys.
+    /// Bits per code; 1 for high bits of boosted keys.
     pub bits: u8,
     /// From the first row's first byte on.
     pub codes: &'a [u8],
@@ -117,8 +117,7 @@ const HIGH_ROWS: usize = 32;
 const HIGH_QUERIES: usize = 8;
 
 /// High bits are a strip too: channels from the `start`-th boosted one on, for queries from `first`
-/// on. Their scales and the queries' numbers, times what the
-/// bit is worth, are gathered.
+/// on. Their scales and the queries' numbers, times what the bit is worth, are gathered.
 #[inline(always)]
 fn sum_high(
     keys: &Keys<'_>,
@@ -129,8 +128,7 @@ fn sum_high(
 ) {
     let rows = HIGH_ROWS.min(keys.boosted.len() / 2 - start);
     let queries = HIGH_QUERIES.min(q.len() - first);
-    // Boosted codes have 5 bits at most.
-    let worth = f32::from(1u8 << keys.bits.min(4));
+    let worth = f32::from(1u16 << keys.bits);
     let mut x = [0f32; HIGH_ROWS * HIGH_QUERIES];
     let mut scale = [0u8; 2 * HIGH_ROWS];
     for r in 0..rows {
