@@ -1,10 +1,5 @@
-//! AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): sums over codes in integers.
-//!
-//! A row's factor, `x * scale`, becomes a 16-bit fixed-point number whose step is the largest factor
-//! of the strip over [`LIMIT`]: two signed bytes. One instruction multiplies 64 codes by bytes and
-//! adds up four rows, without rounding. So a sum errs by half a step times its codes' distances from
-//! the middle code (what rounding changes in the middle is put back), beside the roundings of f32.
-//! Codes themselves are off by up to half of a whole factor.
+//! AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): sums over codes in integers, see
+//! [`fixed`](super::fixed).
 
 // Loops of a constant length over several arrays in step become registers.
 #![allow(clippy::needless_range_loop)]
@@ -12,6 +7,7 @@
 use std::arch::x86_64::*;
 
 use super::compiled::compiled_for;
+use super::fixed::{Fixed, LIMIT};
 use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, ROWS};
 use super::{avx2, scalar, CpuOps, Keys, Values};
 use crate::config::Clip;
@@ -54,8 +50,6 @@ compiled_for! {"avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi":
 
 /// Queries that share unpacked codes: 8 sums each of the 32 registers.
 const QUERIES: usize = 3;
-/// The largest factor in steps; 127 * 256 + 127 fits two signed bytes.
-const LIMIT: f32 = 32600.0;
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn keys_kernel(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) {
@@ -77,17 +71,6 @@ fn add(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
     }
 }
 
-/// One query's factors over a strip.
-#[derive(Clone, Copy)]
-struct Fixed {
-    /// Factor `r` is `(high[r] * 256 + low[r]) * step`, bytes signed.
-    low: [u8; ROWS],
-    high: [u8; ROWS],
-    step: f32,
-    /// What is the same for all columns.
-    base: f32,
-}
-
 /// `PLANES` codes in a byte, `W` of them added up at a time.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn add_planes<const PLANES: usize, const W: usize>(
@@ -100,12 +83,7 @@ fn add_planes<const PLANES: usize, const W: usize>(
     widen(strip.scale, &mut scale[..eights]);
     widen(strip.min, &mut min[..eights]);
     let middle = ((1 << (8 / PLANES)) - 1) as f32 / 2.0;
-    let mut fixed = [Fixed {
-        low: [0; ROWS],
-        high: [0; ROWS],
-        step: 0.0,
-        base: 0.0,
-    }; QUERIES];
+    let mut fixed = [Fixed::ZERO; QUERIES];
     let mut n = 0;
     while n < x.len() {
         // As even as possible: 4 queries are 2 and 2.

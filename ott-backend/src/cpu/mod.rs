@@ -11,9 +11,17 @@ mod strip;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod fixed;
 #[cfg_attr(target_arch = "x86_64", path = "native/x86_64.rs")]
-#[cfg_attr(not(target_arch = "x86_64"), path = "native/none.rs")]
+#[cfg_attr(target_arch = "aarch64", path = "native/aarch64.rs")]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    path = "native/none.rs"
+)]
 mod native;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use crate::config::Clip;
 use crate::error::{Error, Result};
