@@ -13,18 +13,12 @@
 #pragma once
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace ott {
 
 // Queries of a tile.
 constexpr int QUERIES = 4;
-
-__device__ inline void mma(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 template <int N, int BITS, int ROWS>
 struct Codes {
@@ -119,7 +113,7 @@ struct Codes {
 #pragma unroll
             for (int m = 0; m < OUT / 2; ++m) {
                 const int i = 2 * m / PLANES, p = 2 * m % PLANES;
-                mma(result[m], plane(low[0][i], high[0][i], p, g), plane(low[0][i], high[0][i], p + 1, g),
+                mma_bytes(result[m], plane(low[0][i], high[0][i], p, g), plane(low[0][i], high[0][i], p + 1, g),
                     plane(low[1][i], high[1][i], p, g), plane(low[1][i], high[1][i], p + 1, g), b[2 * k],
                     b[2 * k + 1]);
             }

@@ -6,18 +6,15 @@
 //
 // Bytes come as half pages (keys; values and trace) into two places in shared memory: one is on its way while the
 // other is worked on. Many warps hide the rest.
-#include <type_traits>
-
 #include "attend.cuh"
 #include "codes.cuh"
+#include "ptx.cuh"
 
 namespace ott {
 
 constexpr int WARPS = 4;
 constexpr int RING = 2;
 constexpr int GROUP = 128;
-
-__device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // A ring of byte ranges on their way into shared memory, of one warp.
 template <int SLOT>
@@ -26,10 +23,10 @@ struct Ring {
     uint64_t* barrier;
 
     __device__ void init(int lane) {
-#if __CUDA_ARCH__ >= 900
-        if (lane < RING) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier + lane)));
-        asm volatile("fence.mbarrier_init.release.cluster;");
-#endif
+        if constexpr (BULK_COPIES) {
+            if (lane < RING) barrier_init(barrier + lane);
+            barrier_fence();
+        }
         __syncwarp();
     }
 
@@ -37,43 +34,25 @@ struct Ring {
 
     // `len` is a multiple of 16, as are the addresses.
     __device__ void load(int i, const uint8_t* from, uint32_t len, int lane) {
-        const uint32_t to = shared_address(slot(i));
-#if __CUDA_ARCH__ >= 900
-        if (lane == 0) {
-            const uint32_t b = shared_address(barrier + i % RING);
-            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(len) : "memory");
-            asm volatile(
-                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                "l"(from), "r"(len), "r"(b)
-                : "memory");
+        if constexpr (BULK_COPIES) {
+            if (lane == 0) copy_bulk(slot(i), from, len, barrier + i % RING);
+        } else {
+            for (uint32_t at = lane * 16; at < len; at += 32 * 16) copy_16(slot(i) + at, from + at);
         }
-#else
-        for (uint32_t at = lane * 16; at < len; at += 32 * 16)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(from + at) : "memory");
-#endif
     }
 
     // Nothing to load: keeps the count of groups.
     __device__ void commit() {
-#if __CUDA_ARCH__ < 900
-        asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+        if constexpr (!BULK_COPIES) commit_copies();
     }
 
     __device__ void wait(int i) {
-#if __CUDA_ARCH__ >= 900
-        const uint32_t b = shared_address(barrier + i % RING), parity = i / RING & 1;
-        uint32_t done = 0;
-        while (done == 0)
-            asm volatile(
-                "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                : "=r"(done)
-                : "r"(b), "r"(parity)
-                : "memory");
-#else
-        asm volatile("cp.async.wait_group %0;" ::"n"(RING - 1) : "memory");
-        __syncwarp();
-#endif
+        if constexpr (BULK_COPIES) {
+            barrier_wait(barrier + i % RING, i / RING & 1);
+        } else {
+            wait_copies<RING - 1>();
+            __syncwarp();
+        }
     }
 };
 
@@ -107,23 +86,6 @@ template <class E>
 __device__ inline uint32_t pair_of(E a, E b) {
     return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&a)) |
            static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&b)) << 16;
-}
-
-template <class E>
-__device__ inline void mma_number(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                  uint32_t b1) {
-    if constexpr (std::is_same_v<E, __half>)
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    else
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ inline void four_halves(const uint8_t* at, float (&x)[4]) {
@@ -193,7 +155,7 @@ struct Kernel {
                 bias[j] = fmaf(q[j][i], min[i], bias[j]);
             }
             if constexpr (PER == 4) {
-                largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+                largest = warp_max_of_positive(largest);
             } else {
                 for (int h = 1; h < DIM / 4; h *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, h));
             }
@@ -381,8 +343,8 @@ struct Kernel {
             float c[4] = {};
 #pragma unroll
             for (int i = 0; i < DIM / 32; ++i) {
-                mma_number<E>(c, key[i][0].x, key[i][1].x, key[i][0].y, key[i][1].y, q[i][0], q[i][1]);
-                mma_number<E>(c, key[i][0].z, key[i][1].z, key[i][0].w, key[i][1].w, q[i][2], q[i][3]);
+                mma_numbers<E>(c, key[i][0].x, key[i][1].x, key[i][0].y, key[i][1].y, q[i][0], q[i][1]);
+                mma_numbers<E>(c, key[i][0].z, key[i][1].z, key[i][0].w, key[i][1].w, q[i][2], q[i][3]);
             }
             // This thread's query, tokens g and g + 8.
             const float low = g <= last ? capped(c[0] * query.scale, query.softcap) : -INFINITY;
@@ -406,7 +368,7 @@ struct Kernel {
                     const uint32_t x[4] = {(&value[u][0].x)[w], (&value[u][1].x)[w], (&value[u][2].x)[w],
                                            (&value[u][3].x)[w]};
                     float out[4] = {};
-                    mma_number<E>(out, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632),
+                    mma_numbers<E>(out, __byte_perm(x[0], x[1], 0x5410), __byte_perm(x[0], x[1], 0x7632),
                                   __byte_perm(x[2], x[3], 0x5410), __byte_perm(x[2], x[3], 0x7632), b[0], b[1]);
                     s.out[8 * u + 2 * w] += out[0] + out[1];
                     s.out[8 * u + 2 * w + 1] += out[2] + out[3];
