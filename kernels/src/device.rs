@@ -10,9 +10,9 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 use ott_backend::cache::LayerSpec;
-use ott_backend::Clip;
+use ott_backend::{Clip, Rotation};
 
-use crate::abi::{Fresh, Item, Layer, Pair, Query, Row};
+use crate::abi::{Fresh, Item, Layer, Pair, Query, Row, WINDOW_CHUNKS};
 use crate::plan::Plan;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
@@ -28,10 +28,14 @@ unsafe impl DeviceRepr for Pair {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Query {}
 
+/// Fields of all structs, and sections of a page.
+const PROBED: usize = 7 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + 9 + 10;
 /// Threads of every block.
 const THREADS: u32 = 128;
 /// Query heads of a tile of the tensor-core kernel.
 const QUERIES: usize = 4;
+/// Threads of a block that gives third bits.
+const BOOSTERS: u32 = 512;
 /// Half warps of a block: groups that `quantize` takes at once.
 const HALF_WARPS: usize = 8;
 
@@ -71,6 +75,7 @@ pub struct Kernels {
     seal: Arc<CudaModule>,
     decode: Arc<CudaModule>,
     decode_mma: Arc<CudaModule>,
+    probe: Arc<CudaModule>,
     multiprocessors: usize,
 }
 
@@ -98,6 +103,7 @@ impl Kernels {
             seal: load(fatbin!("seal"))?,
             decode: load(fatbin!("decode"))?,
             decode_mma: load(fatbin!("decode_mma"))?,
+            probe: load(fatbin!("probe"))?,
             multiprocessors: context.attribute(count)? as usize,
         })
     }
@@ -105,6 +111,33 @@ impl Kernels {
     /// The stream that everything runs on.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// What the device finds in each field of these, in order, then in a page's offsets; for a test.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn probe(
+        &self,
+        layer: Layer,
+        row: Row,
+        fresh: Fresh,
+        item: Item,
+        query: Query,
+    ) -> Result<Vec<u64>> {
+        let stream = &self.stream;
+        let function = self.probe.load_function("ott_probe")?;
+        let (row, item) = (stream.clone_htod(&[row])?, stream.clone_htod(&[item])?);
+        let mut out = stream.alloc_zeros::<u64>(PROBED)?;
+        let mut launch = stream.launch_builder(&function);
+        let args = launch.arg(&layer).arg(&row).arg(&fresh).arg(&item);
+        let one = LaunchConfig {
+            block_dim: (1, 1, 1),
+            ..grid(1, 1, 1)
+        };
+        // SAFETY: the arguments are the kernel's, which writes `PROBED` numbers.
+        unsafe { args.arg(&query).arg(&mut out).launch(one) }?;
+        Ok(stream.clone_dtoh(&out)?)
     }
 }
 
@@ -129,6 +162,8 @@ pub struct DeviceLayer {
     store: CudaFunction,
     trace: CudaFunction,
     quantize: CudaFunction,
+    boost: CudaFunction,
+    rotate: CudaFunction,
     clear_decode: CudaFunction,
     tuned_decode: Option<(CudaFunction, u32)>,
     merge: CudaFunction,
@@ -149,6 +184,7 @@ pub struct DevicePlan {
     pub num_items: usize,
     num_rows: usize,
     longest: usize,
+    seals_new: bool,
 }
 
 impl DevicePlan {
@@ -173,6 +209,7 @@ impl DevicePlan {
             num_items: plan.items.len(),
             num_rows: plan.rows.len(),
             longest: plan.longest,
+            seals_new: plan.seals_new,
         })
     }
 }
@@ -223,6 +260,8 @@ impl DeviceLayer {
             store: kernel(&kernels.store, "store")?,
             trace: kernel(&kernels.seal, "trace")?,
             quantize: kernel(&kernels.seal, "quantize")?,
+            boost: kernel(&kernels.seal, "boost")?,
+            rotate: kernel(&kernels.store, "rotate")?,
             clear_decode: kernel(&kernels.decode, "decode")?,
             tuned_decode: tuned,
             merge: kernel(&kernels.decode, "merge")?,
@@ -255,33 +294,96 @@ impl DeviceLayer {
             + self.free.num_bytes()
     }
 
-    /// Seal the groups that leave the window and store the rest of the new tokens.
+    /// Seal the groups that leave the window and store the rest of the new tokens. Values come in the model's basis.
     ///
     /// # Errors
     /// If the driver fails.
     pub fn append(&self, plan: &DevicePlan, k: Fresh, v: Fresh) -> Result<()> {
         let layer = self.abi();
         let layout = &self.spec.layout;
-        let heads = layout.num_kv_heads as u32;
-        let rows = plan.num_rows as u32;
         if plan.num_groups > 0 {
-            if layout.outliers > 0 {
-                let mut launch = self.stream.launch_builder(&self.trace);
-                let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
-                // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
-                unsafe { args.arg(&k).arg(&v).launch(grid(heads, rows, 1)) }?;
-            }
-            let per_group = (layout.k_dim + layout.group_size).div_ceil(HALF_WARPS) as u32;
-            let mut launch = self.stream.launch_builder(&self.quantize);
-            let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
-            let args = args.arg(&plan.groups).arg(&k).arg(&v);
-            // SAFETY: as above.
-            unsafe { args.launch(grid(per_group, heads, plan.num_groups as u32)) }?;
+            let rotated;
+            let (v, raw) = match plan.seals_new && self.rotates() {
+                false => (v, v),
+                true => {
+                    let shape = (plan.num_rows, layout.num_kv_heads, plan.longest);
+                    let len = shape.0 * shape.1 * shape.2 * layout.v_dim;
+                    // SAFETY: `rotate` writes all of it before anything reads.
+                    rotated = unsafe { self.stream.alloc::<u8>(len * self.dtype.size()) }?;
+                    let to = address(&rotated, &self.stream);
+                    (self.rotate(shape, v, to)?, v)
+                }
+            };
+            self.seal(plan, &layer, k, v)?;
+            return self.store(plan, &layer, k, raw);
         }
-        let mut launch = self.stream.launch_builder(&self.store);
-        let args = launch.arg(&layer).arg(&plan.rows).arg(&k).arg(&v);
+        self.store(plan, &layer, k, v)
+    }
+
+    /// Values `(rows, kv_heads, tokens, v_dim)` from one basis into the other; `to` is contiguous and may be where they
+    /// are. What was written, to be read from.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn rotate(&self, shape: (usize, usize, usize), from: Fresh, to: u64) -> Result<Fresh> {
+        let (rows, heads, tokens) = shape;
+        let v_dim = self.spec.layout.v_dim;
+        let size = v_dim as u32;
+        let mut launch = self.stream.launch_builder(&self.rotate);
+        let args = launch.arg(&from).arg(&to).arg(&size);
+        let grid = grid(tokens as u32, heads as u32, rows as u32);
+        // SAFETY: the arguments are the kernel's; the caller's memory has this shape.
+        unsafe { args.launch(grid) }?;
+        Ok(Fresh {
+            data: to,
+            row: (heads * tokens * v_dim) as i64,
+            head: (tokens * v_dim) as i64,
+            token: v_dim as i64,
+        })
+    }
+
+    /// Whether values are kept in another basis.
+    pub fn rotates(&self) -> bool {
+        self.spec.config.rotation == Rotation::Values
+    }
+
+    fn seal(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+        let layout = &self.spec.layout;
+        let (heads, groups) = (layout.num_kv_heads as u32, plan.num_groups as u32);
+        if layout.outliers > 0 {
+            let mut launch = self.stream.launch_builder(&self.trace);
+            let args = launch.arg(layer).arg(&plan.rows).arg(&plan.tables);
+            let grid = grid(heads, plan.num_rows as u32, 1);
+            // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
+            unsafe { args.arg(&k).arg(&v).launch(grid) }?;
+        }
+        let per_group = (layout.k_dim + layout.group_size).div_ceil(HALF_WARPS) as u32;
+        let mut launch = self.stream.launch_builder(&self.quantize);
+        let args = launch.arg(layer).arg(&plan.rows).arg(&plan.tables);
+        let args = args.arg(&plan.groups).arg(&k).arg(&v);
         // SAFETY: as above.
-        unsafe { args.launch(grid(plan.longest as u32, heads, rows)) }?;
+        unsafe { args.launch(grid(per_group, heads, groups)) }?;
+        if layout.boosted > 0 {
+            let mut launch = self.stream.launch_builder(&self.boost);
+            let args = launch.arg(layer).arg(&plan.rows).arg(&plan.tables);
+            let args = args.arg(&plan.groups).arg(&k).arg(&v);
+            let grid = LaunchConfig {
+                block_dim: (BOOSTERS, 1, 1),
+                ..grid(heads, groups, 1)
+            };
+            // SAFETY: as above.
+            unsafe { args.launch(grid) }?;
+        }
+        Ok(())
+    }
+
+    fn store(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+        let heads = self.spec.layout.num_kv_heads as u32;
+        let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
+        let mut launch = self.stream.launch_builder(&self.store);
+        let args = launch.arg(layer).arg(&plan.rows).arg(&k).arg(&v);
+        // SAFETY: as above.
+        unsafe { args.launch(grid(longest, heads, rows)) }?;
         Ok(())
     }
 
@@ -316,15 +418,15 @@ impl DeviceLayer {
         let args = args.arg(&plan.items).arg(&query);
         // SAFETY: as above.
         unsafe { args.launch(grid(items, heads, 1)) }?;
-        let v_dim = layout.v_dim as u32;
         let mut launch = self.stream.launch_builder(&self.merge);
-        let args = launch.arg(&plan.of_row).arg(&query).arg(&v_dim);
+        let args = launch.arg(&layer).arg(&plan.of_row).arg(&query);
         // SAFETY: as above.
         unsafe { args.launch(grid(heads, plan.num_rows as u32, 1)) }?;
         Ok(())
     }
 
-    /// The past of one row as numbers: k `(kv_heads, past, k_dim)`, v `(kv_heads, past, v_dim)`.
+    /// The past of one row as numbers: k `(kv_heads, past, k_dim)`, v `(kv_heads, past, v_dim)`, values in the basis in
+    /// which they are kept ([`DeviceLayer::rotate`] turns them back).
     ///
     /// # Errors
     /// If the driver fails.
@@ -380,6 +482,8 @@ impl DeviceLayer {
             outliers: layout.outliers as u32,
             extra: config.extra as u32,
             clip: (config.clip == Clip::Keys).into(),
+            boosted: layout.boosted as u32,
+            rotate: self.rotates().into(),
         }
     }
 }

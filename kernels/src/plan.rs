@@ -11,6 +11,8 @@ pub const CHUNK: usize = 32;
 const WARPS: usize = 4;
 /// Tokens of the window that a block reads at once.
 const WINDOW_ITEM: usize = 16 * WARPS;
+/// Most items of a row's pages: what the tensor-core kernel can join.
+const MAX_ITEMS: usize = 256;
 
 /// One row as the host gives it, with what is known of its blocks.
 #[derive(Clone, Debug)]
@@ -46,6 +48,8 @@ pub struct Plan {
     pub of_row: Vec<Pair>,
     /// Most new tokens of a row.
     pub longest: usize,
+    /// Whether some new tokens are sealed at once.
+    pub seals_new: bool,
 }
 
 impl Plan {
@@ -94,6 +98,7 @@ impl Plan {
                 b: plan.items.len() as u32,
             });
             plan.longest = plan.longest.max(row.new);
+            plan.seals_new |= row.sealed > row.sealed_before && row.sealed * group > row.past;
         }
         plan
     }
@@ -117,7 +122,7 @@ fn item_pages(pages: &[usize], lanes: usize, slots: usize) -> usize {
         let work = (all as f64 + 0.5 * items as f64) * lanes as f64 / slots.max(1) as f64;
         1.9 * size as f64 + 5.5 * work + 0.12 * longest.div_ceil(size) as f64
     };
-    let sizes = 1..=longest;
+    let sizes = longest.div_ceil(MAX_ITEMS)..=longest;
     let best = sizes.min_by(|a, b| cost(*a).total_cmp(&cost(*b)));
     best.unwrap_or(1) * WARPS
 }
@@ -165,6 +170,7 @@ mod tests {
             [(1, 0, 64), (1, 64, 128), (1, 128, 145), (0, 0, 2)]
         );
         assert_eq!(plan.longest, 300);
+        assert!(plan.seals_new);
     }
 
     #[test]
