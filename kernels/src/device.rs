@@ -9,11 +9,10 @@ use cudarc::driver::{
     LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
-use ott_backend::cache::LayerSpec;
-use ott_backend::Clip;
 
 use crate::abi::{Fresh, Item, Layer, Pair, Query, Row};
 use crate::plan::Plan;
+use crate::shape::LayerShape;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
 unsafe impl DeviceRepr for Row {}
@@ -111,7 +110,7 @@ impl Kernels {
 /// One layer's memory on the device, and its kernels.
 pub struct DeviceLayer {
     /// What never changes.
-    pub spec: LayerSpec,
+    pub shape: LayerShape,
     /// Type of activations.
     pub dtype: Dtype,
     /// Query heads.
@@ -184,23 +183,22 @@ impl DeviceLayer {
     /// If there is not enough memory.
     pub fn new(
         kernels: &Kernels,
-        spec: LayerSpec,
+        shape: LayerShape,
         dtype: Dtype,
         num_heads: usize,
         num_blocks: usize,
         chunks: usize,
     ) -> Result<Self> {
         let stream = &kernels.stream;
-        let layout = &spec.layout;
-        let width = layout.k_dim + layout.v_dim;
-        let places = num_blocks * layout.num_kv_heads * layout.outliers;
+        let width = shape.k_dim + shape.v_dim;
+        let places = num_blocks * shape.num_kv_heads * shape.outliers;
         let free: Vec<u32> = (0..places.max(1) as u32).rev().collect();
         let suffix = dtype.suffix();
         let kernel = |module: &Arc<CudaModule>, name: &str| {
             let name = format!("ott_{name}_{suffix}");
             module.load_function(&name).context(name)
         };
-        let tuned = tuned(kernels, &spec, dtype)?;
+        let tuned = tuned(kernels, &shape, dtype)?;
         let per_multiprocessor = match &tuned {
             Some((function, shared)) => function.occupancy_max_active_blocks_per_multiprocessor(
                 THREADS,
@@ -210,9 +208,9 @@ impl DeviceLayer {
             None => 8,
         };
         Ok(Self {
-            pages: stream.alloc_zeros(num_blocks * layout.page_bytes())?,
+            pages: stream.alloc_zeros(num_blocks * shape.page_bytes())?,
             staging: stream.alloc_zeros(
-                chunks.max(1) * layout.num_kv_heads * crate::plan::CHUNK * width * dtype.size(),
+                chunks.max(1) * shape.num_kv_heads * crate::plan::CHUNK * width * dtype.size(),
             )?,
             traced: stream.alloc_zeros(places.max(1) * width * dtype.size())?,
             places: stream.clone_htod(&vec![crate::abi::NONE; places.max(1)])?,
@@ -228,7 +226,7 @@ impl DeviceLayer {
             merge: kernel(&kernels.decode, "merge")?,
             gather: kernel(&kernels.decode, "gather")?,
             slots: per_multiprocessor as usize * kernels.multiprocessors,
-            spec,
+            shape,
             dtype,
             num_heads,
         })
@@ -236,7 +234,7 @@ impl DeviceLayer {
 
     /// Blocks of threads per item, and how many the device runs at once: what [`Plan::new`] asks for.
     pub fn lanes_and_slots(&self) -> (usize, usize) {
-        let kv_heads = self.spec.layout.num_kv_heads;
+        let kv_heads = self.shape.num_kv_heads;
         let tiles = (self.num_heads / kv_heads).div_ceil(QUERIES);
         (kv_heads * tiles, self.slots)
     }
@@ -261,17 +259,17 @@ impl DeviceLayer {
     /// If the driver fails.
     pub fn append(&self, plan: &DevicePlan, k: Fresh, v: Fresh) -> Result<()> {
         let layer = self.abi();
-        let layout = &self.spec.layout;
-        let heads = layout.num_kv_heads as u32;
+        let shape = &self.shape;
+        let heads = shape.num_kv_heads as u32;
         let rows = plan.num_rows as u32;
         if plan.num_groups > 0 {
-            if layout.outliers > 0 {
+            if shape.outliers > 0 {
                 let mut launch = self.stream.launch_builder(&self.trace);
                 let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
                 // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
                 unsafe { args.arg(&k).arg(&v).launch(grid(heads, rows, 1)) }?;
             }
-            let per_group = (layout.k_dim + layout.group_size).div_ceil(HALF_WARPS) as u32;
+            let per_group = (shape.k_dim + shape.group_size).div_ceil(HALF_WARPS) as u32;
             let mut launch = self.stream.launch_builder(&self.quantize);
             let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
             let args = args.arg(&plan.groups).arg(&k).arg(&v);
@@ -291,9 +289,9 @@ impl DeviceLayer {
     /// If the driver fails.
     pub fn decode(&self, plan: &DevicePlan, query: Query, tuned: bool) -> Result<()> {
         let layer = self.abi();
-        let layout = &self.spec.layout;
+        let shape = &self.shape;
         let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
-        let kv_heads = layout.num_kv_heads as u32;
+        let kv_heads = shape.num_kv_heads as u32;
         if let (Some((function, shared)), true) = (&self.tuned_decode, tuned) {
             let tiles = heads.div_ceil(kv_heads).div_ceil(QUERIES as u32);
             let config = LaunchConfig {
@@ -316,7 +314,7 @@ impl DeviceLayer {
         let args = args.arg(&plan.items).arg(&query);
         // SAFETY: as above.
         unsafe { args.launch(grid(items, heads, 1)) }?;
-        let v_dim = layout.v_dim as u32;
+        let v_dim = shape.v_dim as u32;
         let mut launch = self.stream.launch_builder(&self.merge);
         let args = launch.arg(&plan.of_row).arg(&query).arg(&v_dim);
         // SAFETY: as above.
@@ -332,7 +330,7 @@ impl DeviceLayer {
         let layer = self.abi();
         let mut launch = self.stream.launch_builder(&self.gather);
         let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
-        let heads = self.spec.layout.num_kv_heads as u32;
+        let heads = self.shape.num_kv_heads as u32;
         // SAFETY: the arguments are the kernel's; the caller's k and v have room for the past.
         unsafe { args.arg(&row).arg(&k).arg(&v).launch(grid(past, heads, 1)) }?;
         Ok(())
@@ -347,7 +345,7 @@ impl DeviceLayer {
             0 => Ok(()),
             _ => bail!(
                 "layer {}: a key or value is not finite, or beyond f16",
-                self.spec.layer
+                self.shape.layer
             ),
         }
     }
@@ -362,7 +360,7 @@ impl DeviceLayer {
     }
 
     fn abi(&self) -> Layer {
-        let (layout, config) = (&self.spec.layout, &self.spec.config);
+        let shape = &self.shape;
         Layer {
             pages: address(&self.pages, &self.stream),
             staging: address(&self.staging, &self.stream),
@@ -371,15 +369,15 @@ impl DeviceLayer {
             free: address(&self.free, &self.stream),
             free_len: address(&self.free_len, &self.stream),
             status: address(&self.status, &self.stream),
-            kv_heads: layout.num_kv_heads as u32,
-            k_dim: layout.k_dim as u32,
-            v_dim: layout.v_dim as u32,
-            group: layout.group_size as u32,
-            k_bits: layout.k_bits.into(),
-            v_bits: layout.v_bits.into(),
-            outliers: layout.outliers as u32,
-            extra: config.extra as u32,
-            clip: (config.clip == Clip::Keys).into(),
+            kv_heads: shape.num_kv_heads as u32,
+            k_dim: shape.k_dim as u32,
+            v_dim: shape.v_dim as u32,
+            group: shape.group_size as u32,
+            k_bits: shape.k_bits.into(),
+            v_bits: shape.v_bits.into(),
+            outliers: shape.outliers as u32,
+            extra: shape.extra as u32,
+            clip: shape.clip.into(),
         }
     }
 }
@@ -390,12 +388,11 @@ pub fn address<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> u64 {
 }
 
 /// The tensor-core kernel and its shared memory, if it serves this layer.
-fn tuned(kernels: &Kernels, spec: &LayerSpec, dtype: Dtype) -> Result<Option<(CudaFunction, u32)>> {
-    let layout = &spec.layout;
-    let (dim, bits) = (layout.k_dim, (layout.k_bits, layout.v_bits));
+fn tuned(kernels: &Kernels, shape: &LayerShape, dtype: Dtype) -> Result<Option<(CudaFunction, u32)>> {
+    let (dim, bits) = (shape.k_dim, (shape.k_bits, shape.v_bits));
     let served = matches!(dim, 64 | 128)
-        && layout.v_dim == dim
-        && layout.group_size == 128
+        && shape.v_dim == dim
+        && shape.group_size == 128
         && matches!(bits, (2, 2) | (3, 2) | (3, 3) | (4, 2) | (4, 4))
         && dtype != Dtype::F32;
     if !served {

@@ -13,3 +13,4 @@ pub mod blocks;
 #[cfg(feature = "cuda")]
 pub mod device;
 pub mod plan;
+pub mod shape;

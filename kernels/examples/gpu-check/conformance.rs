@@ -7,11 +7,12 @@ use anyhow::{ensure, Result};
 use half::{bf16, f16};
 use ott_backend::attention::{decode, Queries};
 use ott_backend::cache::{Cache, Element, LayerSpec, Row, Tokens};
-use ott_backend::{CpuOps, OttConfig, PageLayout};
+use ott_backend::{Clip, CpuOps, OttConfig, PageLayout};
 use ott_kernels::abi::{Fresh, Query, NONE};
 use ott_kernels::blocks::{Blocks, Step};
 use ott_kernels::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
 use ott_kernels::plan::Plan;
+use ott_kernels::shape::LayerShape;
 
 use crate::paint::{keys, values, Noise};
 
@@ -212,6 +213,24 @@ fn spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
     })
 }
 
+/// What kernels are told of it.
+pub fn shape(spec: &LayerSpec) -> LayerShape {
+    let (layout, config) = (&spec.layout, &spec.config);
+    LayerShape {
+        layer: spec.layer,
+        num_kv_heads: layout.num_kv_heads,
+        k_dim: layout.k_dim,
+        v_dim: layout.v_dim,
+        group_size: layout.group_size,
+        k_bits: layout.k_bits,
+        v_bits: layout.v_bits,
+        outliers: layout.outliers,
+        extra: config.extra,
+        clip: config.clip == Clip::Keys,
+        head_bytes: layout.head_bytes,
+    }
+}
+
 fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> {
     let spec = spec(case.options, case.kv_heads, case.dim)?;
     let (heads, dim, group) = (case.kv_heads, case.dim, spec.config.group_size);
@@ -221,7 +240,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
     let blocks: usize = 1 + case.prompts.iter().map(longest).sum::<usize>();
     let chunks = case.prompts.len() * (group + spec.config.residual) / 32;
     let cpu = Cache::<E>::new(vec![spec.clone()], blocks, case.prompts.len());
-    let gpu = DeviceLayer::new(kernels, spec.clone(), dtype, num_heads, blocks, chunks)?;
+    let gpu = DeviceLayer::new(kernels, shape(&spec), dtype, num_heads, blocks, chunks)?;
     let mut states = Blocks::new(blocks, chunks, group, spec.config.residual);
     // Blocks in a shuffled order.
     let mut noise = Noise::new(case.dim as u64 + 7);
@@ -486,7 +505,7 @@ fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
     for (bad, tokens) in [(f32::NAN, 200), (1e6, 200), (f32::INFINITY, 5)] {
         let spec = spec("", 1, 64)?;
         let stream = kernels.stream();
-        let gpu = DeviceLayer::new(kernels, spec, Dtype::F32, 1, 4, 10)?;
+        let gpu = DeviceLayer::new(kernels, shape(&spec), Dtype::F32, 1, 4, 10)?;
         let mut states = Blocks::new(4, 10, 128, 32);
         let step = Step {
             past: 0,

@@ -1,0 +1,35 @@
+//! What a kernel must be told of a layer: shape and settings. The bytes are those of `docs/layout.md`.
+
+/// One layer's shape and settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerShape {
+    /// Its number, for messages.
+    pub layer: usize,
+    /// Key/value heads.
+    pub num_kv_heads: usize,
+    /// Channels of a key.
+    pub k_dim: usize,
+    /// Channels of a value.
+    pub v_dim: usize,
+    /// G: tokens of a page.
+    pub group_size: usize,
+    /// Bits of a key code.
+    pub k_bits: u8,
+    /// Bits of a value code.
+    pub v_bits: u8,
+    /// N: members of the outlier pool in this layer.
+    pub outliers: usize,
+    /// Places of the extra store.
+    pub extra: usize,
+    /// Whether key ranges are searched.
+    pub clip: bool,
+    /// Bytes of one head's part of a page.
+    pub head_bytes: usize,
+}
+
+impl LayerShape {
+    /// Bytes of a page.
+    pub fn page_bytes(&self) -> usize {
+        self.num_kv_heads * self.head_bytes
+    }
+}
