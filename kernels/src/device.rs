@@ -388,7 +388,11 @@ pub fn address<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> u64 {
 }
 
 /// The tensor-core kernel and its shared memory, if it serves this layer.
-fn tuned(kernels: &Kernels, shape: &LayerShape, dtype: Dtype) -> Result<Option<(CudaFunction, u32)>> {
+fn tuned(
+    kernels: &Kernels,
+    shape: &LayerShape,
+    dtype: Dtype,
+) -> Result<Option<(CudaFunction, u32)>> {
     let (dim, bits) = (shape.k_dim, (shape.k_bits, shape.v_bits));
     let served = matches!(dim, 64 | 128)
         && shape.v_dim == dim
