@@ -1,5 +1,7 @@
 //! What a kernel must be told of a layer: shape and settings. The bytes are those of `docs/layout.md`.
 
+use crate::plan::CHUNK;
+
 /// One layer's shape and settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerShape {
@@ -31,5 +33,25 @@ impl LayerShape {
     /// Bytes of a page.
     pub fn page_bytes(&self) -> usize {
         self.num_kv_heads * self.head_bytes
+    }
+
+    /// Channels of a key and its value.
+    pub fn width(&self) -> usize {
+        self.k_dim + self.v_dim
+    }
+
+    /// Traced tokens of a block, over all heads, at most.
+    pub fn places(&self) -> usize {
+        self.num_kv_heads * self.outliers
+    }
+
+    /// Bytes of one block on the device, its traced tokens among them, in numbers of `size` bytes.
+    pub fn block_bytes(&self, size: usize) -> usize {
+        self.page_bytes() + self.places() * (self.width() * size + size_of::<u32>())
+    }
+
+    /// Bytes of one chunk of the window.
+    pub fn chunk_bytes(&self, size: usize) -> usize {
+        CHUNK * self.num_kv_heads * self.width() * size
     }
 }
