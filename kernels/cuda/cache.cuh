@@ -32,9 +32,7 @@ struct Layer {
     uint8_t* pages;          // (num_blocks, kv_heads, head_bytes)
     uint8_t* staging;        // (chunks, kv_heads, keys (32, k_dim) then values (32, v_dim))
     uint8_t* traced;         // (places, key (k_dim) then value (v_dim))
-    uint32_t* places;        // (num_blocks, kv_heads, outliers): the places of a page's traced tokens, or NONE
-    uint32_t* free;          // stack of free places
-    uint32_t* free_len;      // its length
+    const uint32_t* places;  // (num_blocks, kv_heads, outliers): the places of a page's traced tokens
     uint32_t* status;        // set to 1 where a number cannot be quantized
     uint32_t kv_heads, k_dim, v_dim, group, k_bits, v_bits, outliers, extra, clip;
     uint32_t boosted;        // key channels with a third bit

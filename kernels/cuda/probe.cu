@@ -7,7 +7,6 @@ extern "C" __global__ void ott_probe(ott::Layer l, const ott::Row* row, ott::Fre
     auto address = [](const void* p) { return reinterpret_cast<uint64_t>(p); };
     for (const void* p : {static_cast<const void*>(l.pages), static_cast<const void*>(l.staging),
                           static_cast<const void*>(l.traced), static_cast<const void*>(l.places),
-                          static_cast<const void*>(l.free), static_cast<const void*>(l.free_len),
                           static_cast<const void*>(l.status)})
         *out++ = address(p);
     for (uint32_t x : {l.kv_heads, l.k_dim, l.v_dim, l.group, l.k_bits, l.v_bits, l.outliers, l.extra, l.clip,

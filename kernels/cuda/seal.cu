@@ -68,7 +68,6 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
             if (!isfinite(magnitude[t])) *l.status = 1;
         }
         if (t == 0) displaced = 0;
-        if (t < n) place[t] = NONE;
         // What has no magnitude has no rank: nothing of such a group is traced, and its request ends with an error.
         const bool ranked = __syncthreads_and(t >= group || isfinite(magnitude[t]));
         // Rank among members and tokens; of equals the older is before, a member before a token.
@@ -101,7 +100,7 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
 
         uint8_t* page = head_part(l, table[g], head, layout.head_bytes) + layout.trace;
         uint8_t* slots = page + 4 * n;
-        uint32_t* places = l.places + (static_cast<size_t>(table[g]) * l.kv_heads + head) * n;
+        const uint32_t* places = l.places + (static_cast<size_t>(table[g]) * l.kv_heads + head) * n;
         int order = 0, count = 0;
         for (int i = 0; i < group; ++i) {
             order += wins[i] && i < t;
@@ -110,8 +109,7 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
         if (t < n) {
             reinterpret_cast<float*>(page)[t] = pool[t];
             if (t >= count) slots[t] = NO_SLOT;
-            if (t < count) place[t] = l.free[atomicSub(l.free_len, 1) - 1];
-            places[t] = place[t];
+            place[t] = places[t];
         }
         if (t == 0) page[5 * n] = static_cast<uint8_t>(extra);
         // Padding is zero: a page is compared byte by byte.

@@ -28,6 +28,25 @@ pub struct Row {
     pub chunk: [u32; WINDOW_CHUNKS],
 }
 
+impl Row {
+    /// As the device reads it.
+    pub fn words(&self) -> [u32; 5 + 2 * WINDOW_CHUNKS] {
+        let mut words = [0; 5 + 2 * WINDOW_CHUNKS];
+        let (numbers, chunks) = words.split_at_mut(5);
+        let (before, after) = chunks.split_at_mut(WINDOW_CHUNKS);
+        numbers.copy_from_slice(&[
+            self.past,
+            self.fresh,
+            self.sealed_before,
+            self.sealed,
+            self.table,
+        ]);
+        before.copy_from_slice(&self.chunk_before);
+        after.copy_from_slice(&self.chunk);
+        words
+    }
+}
+
 /// One layer's memory and shape.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -40,10 +59,6 @@ pub struct Layer {
     pub traced: u64,
     /// `(num_blocks, kv_heads, outliers)`.
     pub places: u64,
-    /// Stack of free places.
-    pub free: u64,
-    /// Its length.
-    pub free_len: u64,
     /// 1 once a number could not be quantized.
     pub status: u64,
     /// Key/value heads.
@@ -96,6 +111,13 @@ pub struct Item {
     pub from: u32,
     /// End.
     pub to: u32,
+}
+
+impl Item {
+    /// As the device reads it.
+    pub fn words(&self) -> [u32; 4] {
+        [self.row, self.window, self.from, self.to]
+    }
 }
 
 /// A pair: items of a row (first, end), or a group to seal (row, group).

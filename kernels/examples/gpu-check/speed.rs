@@ -100,7 +100,7 @@ fn cell(
     let layer = || {
         DeviceLayer::new(
             kernels,
-            spec.clone(),
+            crate::conformance::shape(&spec),
             Dtype::F16,
             num_heads,
             num_blocks,

@@ -8,11 +8,12 @@ use half::{bf16, f16};
 use ott_backend::attention::{decode, Queries};
 use ott_backend::cache::{Cache, Element, LayerSpec, Row, Tokens};
 use ott_backend::rotate::rotate;
-use ott_backend::{CpuOps, OttConfig, PageLayout, Rotation};
-use ott_kernels::abi::{self, Fresh, Layer, Query, NONE, PARTIAL};
+use ott_backend::{Clip, CpuOps, OttConfig, PageLayout, Rotation};
+use ott_kernels::abi::{self, Fresh, Layer, Query, PARTIAL};
 use ott_kernels::blocks::{Blocks, Step};
 use ott_kernels::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
 use ott_kernels::plan::Plan;
+use ott_kernels::shape::LayerShape;
 
 use crate::paint::{keys, values, Noise};
 
@@ -280,9 +281,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             staging: 2 << 40,
             traced: 3 << 40,
             places: 4 << 40,
-            free: 5 << 40,
-            free_len: 6 << 40,
-            status: 7 << 40,
+            status: 5 << 40,
             kv_heads: 3,
             k_dim: k_dim as u32,
             v_dim: v_dim as u32,
@@ -341,7 +340,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             layout.head_bytes,
         ];
         let expected = [
-            (1..8).map(|i| i << 40).collect(),
+            (1..6).map(|i| i << 40).collect(),
             numbers(&[
                 layer.kv_heads,
                 layer.k_dim,
@@ -392,6 +391,26 @@ fn spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
     })
 }
 
+/// What kernels are told of it.
+pub fn shape(spec: &LayerSpec) -> LayerShape {
+    let (layout, config) = (&spec.layout, &spec.config);
+    LayerShape {
+        layer: spec.layer,
+        num_kv_heads: layout.num_kv_heads,
+        k_dim: layout.k_dim,
+        v_dim: layout.v_dim,
+        group_size: layout.group_size,
+        k_bits: layout.k_bits,
+        v_bits: layout.v_bits,
+        outliers: layout.outliers,
+        extra: config.extra,
+        clip: config.clip == Clip::Keys,
+        boosted: layout.boosted,
+        rotate: config.rotation == Rotation::Values,
+        head_bytes: layout.head_bytes,
+    }
+}
+
 fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> {
     let spec = spec(case.options, case.kv_heads, case.dim)?;
     let (heads, dim, group) = (case.kv_heads, case.dim, spec.config.group_size);
@@ -401,7 +420,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
     let blocks: usize = 1 + case.prompts.iter().map(longest).sum::<usize>();
     let chunks = case.prompts.len() * (group + spec.config.residual) / 32;
     let cpu = Cache::<E>::new(vec![spec.clone()], blocks, case.prompts.len());
-    let gpu = DeviceLayer::new(kernels, spec.clone(), dtype, num_heads, blocks, chunks)?;
+    let gpu = DeviceLayer::new(kernels, shape(&spec), dtype, num_heads, blocks, chunks)?;
     let mut states = Blocks::new(blocks, chunks, group, spec.config.residual);
     // Blocks in a shuffled order.
     let mut noise = Noise::new(case.dim as u64 + 7);
@@ -621,7 +640,6 @@ fn same_pages<E: Number>(
         for head in 0..layout.num_kv_heads {
             for (i, _) in layer.head(block, head).traced().iter().enumerate() {
                 let place = places[(block * layout.num_kv_heads + head) * layout.outliers + i];
-                ensure!(place != NONE, "a traced token has a place");
                 let width = layout.k_dim + layout.v_dim;
                 let found = &bytes[place as usize * width * size..][..width * size];
                 let (k, v) = layer.traced(block, head, i);
@@ -669,7 +687,7 @@ fn same_past<E: Number>(
         let (found_k, found_v) = (nan(k.len())?, nan(v.len())?);
         let (to_k, to_v) = (address(&found_k, stream), address(&found_v, stream));
         gpu.gather(&plan, r as u32, *past as u32, to_k, to_v)?;
-        if gpu.rotates() {
+        if gpu.shape.rotate {
             let layout = &layer.spec().layout;
             let (heads, dim) = (layout.num_kv_heads, layout.v_dim);
             let from = Fresh {
@@ -696,7 +714,7 @@ fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
     for (bad, tokens) in [(f32::NAN, 200), (1e6, 200), (f32::INFINITY, 5)] {
         let spec = spec("", 1, 64)?;
         let stream = kernels.stream();
-        let gpu = DeviceLayer::new(kernels, spec, Dtype::F32, 1, 4, 10)?;
+        let gpu = DeviceLayer::new(kernels, shape(&spec), Dtype::F32, 1, 4, 10)?;
         let mut states = Blocks::new(4, 10, 128, 32);
         let step = Step {
             past: 0,
