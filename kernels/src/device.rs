@@ -321,6 +321,9 @@ impl DeviceLayer {
             // SAFETY: as above.
             unsafe { args.launch(grid(per_group, heads, plan.num_groups as u32)) }?;
         }
+        if plan.longest == 0 {
+            return Ok(());
+        }
         let mut launch = self.stream.launch_builder(&self.store);
         let args = launch.arg(&layer).arg(&plan.words).arg(&k).arg(&v);
         // SAFETY: as above.
