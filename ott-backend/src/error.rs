@@ -160,6 +160,27 @@ pub enum Error {
         /// Rows planned.
         rows: usize,
     },
+    /// A key or value that is not finite, or beyond what f16 can hold, found after its step.
+    NotRepresentableBefore {
+        /// Layer.
+        layer: usize,
+    },
+    /// More than one token of a sequence in a step that is no prompt's.
+    DecodedTokens {
+        /// The host's sequence.
+        seq: usize,
+        /// Tokens of the step.
+        new: usize,
+    },
+    /// The GPU or its driver failed.
+    Cuda {
+        /// In the driver's words.
+        what: Box<str>,
+    },
+    /// Options that the kernels do not know.
+    NotOnCuda,
+    /// Layers on several devices.
+    Split,
     /// A device that no implementation serves.
     Device {
         /// Its kind.
@@ -310,9 +331,29 @@ impl Error {
             Self::NoSuchRow { row, rows } => {
                 write!(f, "row {row} asked of a step of {rows} rows")
             }
+            Self::NotRepresentableBefore { layer } => write!(
+                f,
+                "layer {layer}: in the step before this one a key or value was infinite, not a number or beyond the \
+                 range of f16, so that its group has no scale: what that step stored is forgotten"
+            ),
+            Self::DecodedTokens { seq, new } => write!(
+                f,
+                "sequence {seq} decodes {new} tokens in a step; on CUDA the ott cache takes one"
+            ),
+            Self::NotOnCuda => write!(
+                f,
+                "on CUDA the ott cache knows neither third key bits nor rotated values yet: ask for \
+                 `--kv-cache ott:boost=0,rotate=none`, or run with --cpu"
+            ),
+            Self::Cuda { what } => write!(f, "the ott cache on CUDA: {what}"),
+            Self::Split => write!(
+                f,
+                "the layers of this model lie on several devices; the ott cache runs on one GPU, or on the CPU: load \
+                 the whole model on one device, or run with --cpu or without --kv-cache"
+            ),
             Self::Device { kind: "CUDA" } => write!(
                 f,
-                "the ott cache does not run on CUDA yet: its kernels are not joined to it. Run with --cpu"
+                "this build has no CUDA kernels of the ott cache: build with the feature `cuda`, or run with --cpu"
             ),
             Self::Device { kind } => write!(
                 f,
