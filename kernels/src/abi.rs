@@ -5,6 +5,9 @@ pub const WINDOW_CHUNKS: usize = 8;
 /// No chunk, no place, no page.
 pub const NONE: u32 = u32::MAX;
 
+/// Numbers of an item's result beside its weighted values.
+pub const PARTIAL: usize = 4;
+
 /// One sequence in one step.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +79,10 @@ pub struct Layer {
     pub extra: u32,
     /// Whether key ranges are searched.
     pub clip: u32,
+    /// Key channels with a third bit.
+    pub boosted: u32,
+    /// Whether values are kept in another basis.
+    pub rotate: u32,
 }
 
 /// New keys or values: strides in numbers.
@@ -106,6 +113,13 @@ pub struct Item {
     pub to: u32,
 }
 
+impl Item {
+    /// As the device reads it.
+    pub fn words(&self) -> [u32; 4] {
+        [self.row, self.window, self.from, self.to]
+    }
+}
+
 /// A pair: items of a row (first, end), or a group to seal (row, group).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +142,7 @@ pub struct Query {
     pub head: i64,
     /// `(rows, num_heads, v_dim)`.
     pub out: u64,
-    /// `(items, num_heads, 2 + v_dim)` f32.
+    /// `(items, num_heads, v_dim + PARTIAL)` f32.
     pub sums: u64,
     /// `(rows, kv_heads, tiles)`, zero before and after.
     pub arrived: u64,

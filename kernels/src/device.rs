@@ -10,7 +10,7 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
-use crate::abi::{Fresh, Layer, Query};
+use crate::abi::{Fresh, Item, Layer, Query, Row, WINDOW_CHUNKS};
 use crate::plan::{lanes, Plan};
 use crate::shape::LayerShape;
 
@@ -21,12 +21,16 @@ unsafe impl DeviceRepr for Fresh {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Query {}
 
+/// Fields of all structs, and sections of a page.
+const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + 9 + 10;
 /// Threads of every block.
 const THREADS: u32 = 128;
 /// Query heads of a tile of the tensor-core kernel, as in `plan`.
 const QUERIES: u32 = 4;
 /// Layers whose faults are told apart.
 const LAYERS: usize = 1024;
+/// Threads of a block that gives third bits.
+const BOOSTERS: u32 = 512;
 /// Half warps of a block: groups that `quantize` takes at once.
 const HALF_WARPS: usize = 8;
 
@@ -96,6 +100,7 @@ pub struct Kernels {
     seal: Arc<CudaModule>,
     decode: Arc<CudaModule>,
     decode_mma: Arc<CudaModule>,
+    probe: Arc<CudaModule>,
     multiprocessors: usize,
 }
 
@@ -128,6 +133,7 @@ impl Kernels {
             seal: load(fatbin!("seal"))?,
             decode: load(fatbin!("decode"))?,
             decode_mma: load(fatbin!("decode_mma"))?,
+            probe: load(fatbin!("probe"))?,
             multiprocessors: context.attribute(count)? as usize,
         })
     }
@@ -135,6 +141,34 @@ impl Kernels {
     /// The stream that everything runs on.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// What the device finds in each field of these, in order, then in a page's offsets; for a test.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn probe(
+        &self,
+        layer: Layer,
+        row: Row,
+        fresh: Fresh,
+        item: Item,
+        query: Query,
+    ) -> Result<Vec<u64>> {
+        let stream = &self.stream;
+        let function = self.probe.load_function("ott_probe")?;
+        let row = stream.clone_htod(&row.words())?;
+        let item = stream.clone_htod(&item.words())?;
+        let mut out = stream.alloc_zeros::<u64>(PROBED)?;
+        let mut launch = stream.launch_builder(&function);
+        let args = launch.arg(&layer).arg(&row).arg(&fresh).arg(&item);
+        let one = LaunchConfig {
+            block_dim: (1, 1, 1),
+            ..grid(1, 1, 1)
+        };
+        // SAFETY: the arguments are the kernel's, which writes `PROBED` numbers.
+        unsafe { args.arg(&query).arg(&mut out).launch(one) }?;
+        Ok(stream.clone_dtoh(&out)?)
     }
 
     /// What could not be quantized, all layers.
@@ -163,6 +197,8 @@ pub struct DeviceLayer {
     store: CudaFunction,
     trace: CudaFunction,
     quantize: CudaFunction,
+    boost: CudaFunction,
+    rotate: CudaFunction,
     clear_decode: CudaFunction,
     tuned_decode: Option<(CudaFunction, u32)>,
     merge: CudaFunction,
@@ -183,6 +219,7 @@ pub struct DevicePlan {
     pub num_items: usize,
     num_rows: usize,
     longest: usize,
+    seals_new: bool,
 }
 
 impl DevicePlan {
@@ -202,7 +239,7 @@ impl DevicePlan {
         let tables = section(&mut plan.tables.iter().copied());
         let groups = section(&mut plan.groups.iter().flat_map(|p| [p.a, p.b]));
         let items = plan.items.iter();
-        let items = section(&mut items.flat_map(|i| [i.row, i.window, i.from, i.to]));
+        let items = section(&mut items.flat_map(Item::words));
         let of_row = section(&mut plan.of_row.iter().flat_map(|p| [p.a, p.b]));
         let counters = (plan.rows.len() * lanes).max(1);
         let arrived = section(&mut std::iter::repeat_n(0, counters));
@@ -219,6 +256,7 @@ impl DevicePlan {
             num_items: plan.items.len(),
             num_rows: plan.rows.len(),
             longest: plan.longest,
+            seals_new: plan.seals_new,
         })
     }
 
@@ -269,6 +307,8 @@ impl DeviceLayer {
             store: kernel(&kernels.store, "store")?,
             trace: kernel(&kernels.seal, "trace")?,
             quantize: kernel(&kernels.seal, "quantize")?,
+            boost: kernel(&kernels.seal, "boost")?,
+            rotate: kernel(&kernels.store, "rotate")?,
             clear_decode: kernel(&kernels.decode, "decode")?,
             tuned_decode: tuned,
             merge: kernel(&kernels.decode, "merge")?,
@@ -298,36 +338,87 @@ impl DeviceLayer {
             + self.places.num_bytes()
     }
 
-    /// Seal the groups that leave the window and store the rest of the new tokens.
+    /// Seal the groups that leave the window and store the rest of the new tokens. Values come in the model's basis.
     ///
     /// # Errors
     /// If the driver fails.
     pub fn append(&self, plan: &DevicePlan, k: Fresh, v: Fresh) -> Result<()> {
         let layer = self.abi();
-        let shape = &self.shape;
-        let heads = shape.num_kv_heads as u32;
-        let rows = plan.num_rows as u32;
-        if plan.num_groups > 0 {
-            if shape.outliers > 0 {
-                let mut launch = self.stream.launch_builder(&self.trace);
-                let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
-                // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
-                unsafe { args.arg(&k).arg(&v).launch(grid(heads, rows, 1)) }?;
-            }
-            let per_group = (shape.k_dim + shape.group_size).div_ceil(HALF_WARPS) as u32;
-            let mut launch = self.stream.launch_builder(&self.quantize);
-            let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
-            let args = args.arg(&plan.groups).arg(&k).arg(&v);
-            // SAFETY: as above.
-            unsafe { args.launch(grid(per_group, heads, plan.num_groups as u32)) }?;
+        if plan.num_groups > 0 && plan.seals_new && self.shape.rotate {
+            let shape = (plan.num_rows, self.shape.num_kv_heads, plan.longest);
+            let len = shape.0 * shape.1 * shape.2 * self.shape.v_dim * self.dtype.size();
+            // SAFETY: `rotate` writes all of it before anything reads.
+            let rotated = unsafe { self.stream.alloc::<u8>(len) }?;
+            let turned = self.rotate(shape, v, address(&rotated, &self.stream))?;
+            self.seal(plan, &layer, k, turned)?;
+        } else if plan.num_groups > 0 {
+            self.seal(plan, &layer, k, v)?;
         }
-        if plan.longest == 0 {
+        self.store(plan, &layer, k, v)
+    }
+
+    /// Values `(rows, kv_heads, tokens, v_dim)` from one basis into the other; `to` is contiguous and may be where they
+    /// are. What was written, to be read from.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn rotate(&self, shape: (usize, usize, usize), from: Fresh, to: u64) -> Result<Fresh> {
+        let (rows, heads, tokens) = shape;
+        let v_dim = self.shape.v_dim;
+        let size = v_dim as u32;
+        let mut launch = self.stream.launch_builder(&self.rotate);
+        let args = launch.arg(&from).arg(&to).arg(&size);
+        let grid = grid(tokens as u32, heads as u32, rows as u32);
+        // SAFETY: the arguments are the kernel's; the caller's memory has this shape.
+        unsafe { args.launch(grid) }?;
+        Ok(Fresh {
+            data: to,
+            row: (heads * tokens * v_dim) as i64,
+            head: (tokens * v_dim) as i64,
+            token: v_dim as i64,
+        })
+    }
+
+    fn seal(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+        let shape = &self.shape;
+        let (heads, groups) = (shape.num_kv_heads as u32, plan.num_groups as u32);
+        if shape.outliers > 0 {
+            let mut launch = self.stream.launch_builder(&self.trace);
+            let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
+            let grid = grid(heads, plan.num_rows as u32, 1);
+            // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
+            unsafe { args.arg(&k).arg(&v).launch(grid) }?;
+        }
+        let per_group = (shape.k_dim + shape.group_size).div_ceil(HALF_WARPS) as u32;
+        let mut launch = self.stream.launch_builder(&self.quantize);
+        let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
+        let args = args.arg(&plan.groups).arg(&k).arg(&v);
+        // SAFETY: as above.
+        unsafe { args.launch(grid(per_group, heads, groups)) }?;
+        if shape.boosted > 0 {
+            let mut launch = self.stream.launch_builder(&self.boost);
+            let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
+            let args = args.arg(&plan.groups).arg(&k).arg(&v);
+            let grid = LaunchConfig {
+                block_dim: (BOOSTERS, 1, 1),
+                ..grid(heads, groups, 1)
+            };
+            // SAFETY: as above.
+            unsafe { args.launch(grid) }?;
+        }
+        Ok(())
+    }
+
+    fn store(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+        let heads = self.shape.num_kv_heads as u32;
+        let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
+        if longest == 0 {
             return Ok(());
         }
         let mut launch = self.stream.launch_builder(&self.store);
-        let args = launch.arg(&layer).arg(&plan.words).arg(&k).arg(&v);
+        let args = launch.arg(layer).arg(&plan.words).arg(&k).arg(&v);
         // SAFETY: as above.
-        unsafe { args.launch(grid(plan.longest as u32, heads, rows)) }?;
+        unsafe { args.launch(grid(longest, heads, rows)) }?;
         Ok(())
     }
 
@@ -362,15 +453,15 @@ impl DeviceLayer {
         let args = args.arg(&plan.items).arg(&query);
         // SAFETY: as above.
         unsafe { args.launch(grid(items, heads, 1)) }?;
-        let v_dim = shape.v_dim as u32;
         let mut launch = self.stream.launch_builder(&self.merge);
-        let args = launch.arg(&plan.of_row).arg(&query).arg(&v_dim);
+        let args = launch.arg(&layer).arg(&plan.of_row).arg(&query);
         // SAFETY: as above.
         unsafe { args.launch(grid(heads, plan.num_rows as u32, 1)) }?;
         Ok(())
     }
 
-    /// The past of one row as numbers: k `(kv_heads, past, k_dim)`, v `(kv_heads, past, v_dim)`.
+    /// The past of one row as numbers: k `(kv_heads, past, k_dim)`, v `(kv_heads, past, v_dim)`, values in the basis in
+    /// which they are kept ([`DeviceLayer::rotate`] turns them back).
     ///
     /// # Errors
     /// If the driver fails.
@@ -452,6 +543,8 @@ impl DeviceLayer {
             outliers: shape.outliers as u32,
             extra: shape.extra as u32,
             clip: shape.clip.into(),
+            boosted: shape.boosted as u32,
+            rotate: shape.rotate.into(),
         }
     }
 }

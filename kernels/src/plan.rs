@@ -11,6 +11,8 @@ pub const CHUNK: usize = 32;
 const WARPS: usize = 4;
 /// Tokens of the window that a block reads at once.
 const WINDOW_ITEM: usize = 16 * WARPS;
+/// Most items of a row's pages: what the tensor-core kernel can join.
+const MAX_ITEMS: usize = 256;
 
 /// Query heads of a tile of the tensor-core kernel.
 const QUERIES: usize = 4;
@@ -61,6 +63,8 @@ pub struct Plan {
     pub of_row: Vec<Pair>,
     /// Most new tokens of a row.
     pub longest: usize,
+    /// Whether some new tokens are sealed at once.
+    pub seals_new: bool,
 }
 
 impl Plan {
@@ -109,6 +113,7 @@ impl Plan {
                 b: plan.items.len() as u32,
             });
             plan.longest = plan.longest.max(row.new);
+            plan.seals_new |= row.sealed > row.sealed_before && row.sealed * group > row.past;
         }
         plan
     }
@@ -139,7 +144,8 @@ fn item_pages(pages: &[usize], lanes: usize, slots: usize) -> usize {
         1.9 * size as f64 + 5.5 * work + 0.12 * longest.div_ceil(size) as f64
     };
     let most = pages.len() + MOST_PARTS / lanes.max(1);
-    let sizes = (1..=longest).filter(|size| items(size) <= most);
+    let least = longest.div_ceil(MAX_ITEMS);
+    let sizes = (least..=longest).filter(|size| items(size) <= most);
     let best = sizes.min_by(|a, b| cost(*a).total_cmp(&cost(*b)));
     best.unwrap_or(longest) * WARPS
 }
@@ -187,6 +193,7 @@ mod tests {
             [(1, 0, 64), (1, 64, 128), (1, 128, 145), (0, 0, 2)]
         );
         assert_eq!(plan.longest, 300);
+        assert!(plan.seals_new);
     }
 
     #[test]

@@ -25,6 +25,10 @@ pub struct LayerShape {
     pub extra: usize,
     /// Whether key ranges are searched.
     pub clip: bool,
+    /// M: key channels with a third bit.
+    pub boosted: usize,
+    /// Whether values are kept in another basis.
+    pub rotate: bool,
     /// Bytes of one head's part of a page.
     pub head_bytes: usize,
 }
