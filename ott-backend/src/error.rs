@@ -3,10 +3,10 @@
 use std::fmt;
 
 /// Options that [`OttConfig::parse`](crate::OttConfig::parse) knows, for messages.
-pub(crate) const VALID_OPTIONS: &str = "valid: a preset first (paper, kivi), then any of bits, \
+pub(crate) const VALID_OPTIONS: &str = "valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, \
      k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), \
      outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), rotate (none or v), \
-     boost (0 to 32, with 2-bit keys), each once, \
+     boost (0 to 32, not with 8-bit keys), each once, \
      as name=value, separated by commas";
 
 /// Everything this crate refuses.
@@ -342,8 +342,8 @@ impl Error {
             ),
             Self::NotOnCuda => write!(
                 f,
-                "on CUDA the ott cache knows neither third key bits nor rotated values yet: ask for \
-                 `--kv-cache ott:boost=0,rotate=none`, or run with --cpu"
+                "on CUDA the ott cache gives one more bit to key channels of 2 bits only: add `boost=0` to the options, \
+                 or run with --cpu"
             ),
             Self::Cuda { what } => write!(f, "the ott cache on CUDA: {what}"),
             Self::Split => write!(
