@@ -421,9 +421,6 @@ fn refusals() {
     shape.layers[1].device = model.device.clone();
     let split = provider.memory(&shape).map(drop);
     let messages = [refused, split].map(|r| r.expect_err("refused").to_string());
-    assert!(
-        messages[0].contains("boost=0"),
-        "{messages:?}"
-    );
+    assert!(messages[0].contains("boost=0"), "{messages:?}");
     assert!(messages[1].contains("several devices"), "{messages:?}");
 }
