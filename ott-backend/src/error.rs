@@ -342,8 +342,8 @@ impl Error {
             ),
             Self::NotOnCuda => write!(
                 f,
-                "on CUDA the ott cache knows neither third key bits nor rotated values yet: ask for \
-                 `--kv-cache ott:boost=0,rotate=none`, or run with --cpu"
+                "on CUDA the ott cache gives one more bit to key channels of 2 bits only: add `boost=0` to the options, \
+                 or run with --cpu"
             ),
             Self::Cuda { what } => write!(f, "the ott cache on CUDA: {what}"),
             Self::Split => write!(

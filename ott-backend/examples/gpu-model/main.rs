@@ -149,7 +149,7 @@ fn main() -> Result<()> {
     let [path, tokens, rest @ ..] = arguments.as_slice() else {
         anyhow::bail!("gpu-model MODEL.gguf TOKENS.txt [OPTIONS]")
     };
-    let options = rest.first().map_or("boost=0,rotate=none", String::as_str);
+    let options = rest.first().map_or("", String::as_str);
     let prompt: Result<Vec<u32>, _> = std::fs::read_to_string(tokens)?
         .split_whitespace()
         .map(str::parse)

@@ -1,6 +1,7 @@
 //! Bytes on the device, answered before they are taken.
 
 use mistralrs_kv_backend::{KvMemory, KvShape};
+use ott_kernels::abi::PARTIAL;
 use ott_kernels::plan::{lanes, most_items, CHUNK};
 use ott_kernels::shape::LayerShape;
 
@@ -9,8 +10,6 @@ use crate::cache::LayerSpec;
 use crate::config::{Clip, OttConfig, Rotation};
 use crate::error::{Error, Result};
 
-/// Numbers of an item's result beside its weighted values.
-const PARTIAL: usize = 4;
 /// Words of a row in a step's tables, and of all paddings between them.
 const ROW_WORDS: usize = 21;
 const PADDING_WORDS: usize = 20;
@@ -30,6 +29,8 @@ pub fn shapes(specs: &[LayerSpec]) -> Vec<LayerShape> {
             outliers: layout.outliers,
             extra: config.extra,
             clip: config.clip == Clip::Keys,
+            boosted: layout.boosted,
+            rotate: config.rotation == Rotation::Values,
             head_bytes: layout.head_bytes,
         }
     };
@@ -81,7 +82,7 @@ fn lanes_of(shape: &KvShape) -> Vec<usize> {
 /// # Errors
 /// If the kernels do not serve the options or the dtype.
 pub fn memory(config: &OttConfig, specs: &[LayerSpec], shape: &KvShape) -> Result<KvMemory> {
-    if config.boost > 0 || config.rotation != Rotation::None {
+    if config.boost > 0 && config.k_bits != 2 {
         return Err(Error::NotOnCuda);
     }
     let dtype = kernel_dtype(shape.dtype).ok_or(Error::Dtype {

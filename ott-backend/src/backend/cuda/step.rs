@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use mistralrs_kv_backend::{KvAttn, KvPlan, KvStep};
-use ott_kernels::abi::Query;
+use ott_kernels::abi::{Fresh, Query};
 
 use super::super::{rows, seam};
 use super::cache::{failed, CudaCache, Tables};
@@ -53,7 +53,18 @@ impl KvStep for CudaStep {
             v = Some(filled(v_shape, own, device, |v| {
                 let tables = self.tables.of(&self.cache, layer);
                 let gathered = device_layer.gather(tables, row as u32, past as u32, k, v);
-                gathered.map_err(failed).map_err(seam)
+                gathered.map_err(failed).map_err(seam)?;
+                if shape.rotate {
+                    let stored = Fresh {
+                        data: v,
+                        row: 0,
+                        head: (past * shape.v_dim) as i64,
+                        token: shape.v_dim as i64,
+                    };
+                    let turned = device_layer.rotate((1, heads, past), stored, v);
+                    turned.map_err(failed).map_err(seam)?;
+                }
+                Ok(())
             })?);
             Ok(())
         })?;
