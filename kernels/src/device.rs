@@ -410,6 +410,9 @@ impl DeviceLayer {
     fn store(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
         let heads = self.shape.num_kv_heads as u32;
         let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
+        if longest == 0 {
+            return Ok(());
+        }
         let mut launch = self.stream.launch_builder(&self.store);
         let args = launch.arg(layer).arg(&plan.words).arg(&k).arg(&v);
         // SAFETY: as above.
