@@ -10,8 +10,8 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
-use crate::abi::{Fresh, Item, Layer, Query, Row, WINDOW_CHUNKS};
-use crate::plan::{lanes, Plan};
+use crate::abi::{Fresh, Item, Layer, Query, Row, ITEM_FIRST, WINDOW_CHUNKS};
+use crate::plan::{heads_of_block, lanes, Plan};
 use crate::shape::LayerShape;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
@@ -22,11 +22,9 @@ unsafe impl DeviceRepr for Fresh {}
 unsafe impl DeviceRepr for Query {}
 
 /// Fields of all structs, and sections of a page.
-const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + 9 + 10;
+const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
 /// Threads of every block.
 const THREADS: u32 = 128;
-/// Query heads of a tile of the tensor-core kernel, as in `plan`.
-const QUERIES: u32 = 4;
 /// Layers whose faults are told apart.
 const LAYERS: usize = 1024;
 /// Threads of a block that gives third bits.
@@ -287,7 +285,7 @@ impl DeviceLayer {
             let name = format!("ott_{name}_{suffix}");
             module.load_function(&name).context(name)
         };
-        let tuned = tuned(kernels, &shape, dtype)?;
+        let tuned = tuned(kernels, &shape, dtype, num_heads)?;
         let per_multiprocessor = match &tuned {
             Some((function, shared)) => function.occupancy_max_active_blocks_per_multiprocessor(
                 THREADS,
@@ -435,10 +433,10 @@ impl DeviceLayer {
         let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
         let kv_heads = shape.num_kv_heads as u32;
         if let (Some((function, shared)), true) = (&self.tuned_decode, tuned) {
-            let tiles = heads.div_ceil(kv_heads).div_ceil(QUERIES);
+            let blocks = lanes(self.num_heads, shape.num_kv_heads) as u32 / kv_heads;
             let config = LaunchConfig {
                 shared_mem_bytes: *shared,
-                ..grid(items, kv_heads, tiles)
+                ..grid(items, kv_heads, blocks)
             };
             let query = Query {
                 arrived: plan.arrived,
@@ -562,6 +560,7 @@ fn tuned(
     kernels: &Kernels,
     shape: &LayerShape,
     dtype: Dtype,
+    num_heads: usize,
 ) -> Result<Option<(CudaFunction, u32)>> {
     let (dim, bits) = (shape.k_dim, (shape.k_bits, shape.v_bits));
     let served = matches!(dim, 64 | 128)
@@ -573,7 +572,11 @@ fn tuned(
         return Ok(None);
     }
     let suffix = dtype.suffix();
-    let name = format!("ott_decode_mma_{suffix}_{dim}_{}_{}", bits.0, bits.1);
+    let heads = heads_of_block(num_heads / shape.num_kv_heads);
+    let name = format!(
+        "ott_decode_mma_{suffix}_{dim}_{}_{}_{heads}",
+        bits.0, bits.1
+    );
     let function = kernels.decode_mma.load_function(&name)?;
     let shared = format!("{name}_shared");
     let shared = kernels.decode_mma.get_global(&shared, &kernels.stream)?;

@@ -314,6 +314,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             window: 52,
             from: 53,
             to: 54,
+            first: [55, 56, 57, 58],
         };
         let query = Query {
             q: 9 << 40,
@@ -359,6 +360,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             numbers(&row.chunk),
             vec![fresh.data, -41i64 as u64, 42 << 40, 43],
             numbers(&[51, 52, 53, 54]),
+            numbers(&item.first),
             vec![
                 query.q,
                 61 << 40,
