@@ -13,6 +13,7 @@ use ott_backend::cache::LayerSpec;
 use ott_backend::Clip;
 
 use crate::abi::{Fresh, Item, Layer, Pair, Query, Row};
+use crate::image::image;
 use crate::plan::Plan;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
@@ -74,12 +75,6 @@ pub struct Kernels {
     multiprocessors: usize,
 }
 
-macro_rules! fatbin {
-    ($name:literal) => {
-        include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")).to_vec()
-    };
-}
-
 impl Kernels {
     /// Load the kernels into the stream's context.
     ///
@@ -94,10 +89,10 @@ impl Kernels {
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         Ok(Self {
             stream: Arc::clone(stream),
-            store: load(fatbin!("store"))?,
-            seal: load(fatbin!("seal"))?,
-            decode: load(fatbin!("decode"))?,
-            decode_mma: load(fatbin!("decode_mma"))?,
+            store: load(image("store"))?,
+            seal: load(image("seal"))?,
+            decode: load(image("decode"))?,
+            decode_mma: load(image("decode_mma"))?,
             multiprocessors: context.attribute(count)? as usize,
         })
     }

@@ -12,4 +12,6 @@ pub mod abi;
 pub mod blocks;
 #[cfg(feature = "cuda")]
 pub mod device;
+#[cfg(feature = "cuda")]
+mod image;
 pub mod plan;

@@ -1,5 +1,5 @@
-//! The kernels against the scalar code: pages byte for byte, traced tokens and the window bit for bit, attention within
-//! a budget.
+//! The kernels against the scalar code, on a GPU or on the shim (`tests/shim`): pages byte for byte, traced tokens and
+//! the window bit for bit, attention within a budget.
 
 use std::sync::Arc;
 
@@ -10,9 +10,9 @@ use ott_backend::cache::{Cache, Element, LayerSpec, Row, Tokens};
 use ott_backend::{CpuOps, OttConfig, PageLayout};
 use ott_kernels::abi::{Fresh, Query, NONE};
 use ott_kernels::blocks::{Blocks, Step};
-use ott_kernels::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
 use ott_kernels::plan::Plan;
 
+use crate::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
 use crate::paint::{keys, values, Noise};
 
 /// Largest difference allowed, relative to the row's largest number: the clear kernels add in f32 and round once; the
