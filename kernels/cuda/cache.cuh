@@ -1,5 +1,5 @@
 // What every kernel knows: one layer's memory, the rows of a step, and how numbers are read.
-// `ott-kernels/src/lib.rs` mirrors the structs field by field (`repr(C)`).
+// `src/abi.rs` mirrors the structs field by field (`repr(C)`).
 #pragma once
 #include <cstdint>
 
@@ -32,11 +32,11 @@ struct Layer {
     uint8_t* pages;          // (num_blocks, kv_heads, head_bytes)
     uint8_t* staging;        // (chunks, kv_heads, keys (32, k_dim) then values (32, v_dim))
     uint8_t* traced;         // (places, key (k_dim) then value (v_dim))
-    uint32_t* places;        // (num_blocks, kv_heads, outliers): the places of a page's traced tokens, or NONE
-    uint32_t* free;          // stack of free places
-    uint32_t* free_len;      // its length
+    const uint32_t* places;  // (num_blocks, kv_heads, outliers): the places of a page's traced tokens
     uint32_t* status;        // set to 1 where a number cannot be quantized
     uint32_t kv_heads, k_dim, v_dim, group, k_bits, v_bits, outliers, extra, clip;
+    uint32_t boosted;        // key channels with a third bit
+    uint32_t rotate;         // 1: values are kept in another basis (rotate.cuh)
 };
 
 // New keys or values of a step: strides in elements, channels side by side.
@@ -46,7 +46,7 @@ struct Fresh {
 };
 
 __device__ inline PageLayout page_layout(const Layer& l) {
-    return PageLayout(l.group, l.k_dim, l.v_dim, l.k_bits, l.v_bits, l.outliers);
+    return PageLayout(l.group, l.k_dim, l.v_dim, l.k_bits, l.v_bits, l.outliers, l.boosted);
 }
 
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -66,11 +66,19 @@ __device__ inline float half_at(const uint8_t* section, int i) {
     return __half2float(reinterpret_cast<const __half*>(section)[i]);
 }
 
+// Bit `j` of `n` in 8 planes.
+__device__ inline uint32_t bit_at(const uint8_t* bytes, int n, int j) { return bytes[j % (n / 8)] >> (j / (n / 8)) & 1; }
+
+// The `i`-th channel with a third bit.
+__device__ inline int boosted_channel(const uint8_t* section, int i) {
+    return reinterpret_cast<const uint16_t*>(section)[i];
+}
+
 // Code `j` of `n` codes packed in planes (docs/layout.md).
 __device__ inline uint32_t code_at(const uint8_t* bytes, int n, int bits, int j) {
     if (bits == 3) {
         uint32_t low = bytes[j % (n / 4)] >> (2 * (j / (n / 4))) & 3;
-        uint32_t high = bytes[n / 4 + j % (n / 8)] >> (j / (n / 8)) & 1;
+        uint32_t high = bit_at(bytes + n / 4, n, j);
         return low | high << 2;
     }
     int len = packed_len(n, bits);

@@ -68,16 +68,54 @@ struct Codes {
         return low & mask << (BITS * p);
     }
 
-    // `codes`: the section, in shared memory; `factors`: the columns, in shared memory.
-    // result[o / 2][o % 2 * 2 + part]: result o of this thread's query `t`, high part and low part
-    __device__ static void multiply(const uint8_t* codes, const uint32_t* factors, int lane,
-                                    int (&result)[OUT / 2][4]) {
+    // Add third bits: row `r` of `bits`, one of `count`, is one bit of each code of row `channels[r]`; `factors` are those
+    // of all rows. To be called before `multiply`.
+    __device__ static void multiply_high(const uint8_t* bits, const uint16_t* channels, int count,
+                                         const uint32_t* factors, int lane, int (&result)[OUT / 2][4]) {
+        static_assert(BITS != 2 || BYTES == 4, "a thread's codes are bytes of one word");
         const int g = lane / 4, t = lane % 4;
+        const uint8_t* column = reinterpret_cast<const uint8_t*>(factors + g * STRIDE);
+#pragma unroll 1
+        for (int first = 8 * t; first - 8 * t < count; first += 32) {
+            const uint4 four = *reinterpret_cast<const uint4*>(channels + first);
+            const uint32_t two[4] = {four.x, four.y, four.z, four.w};
+            uint32_t bytes[2][4], b[2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                uint32_t f[4], w[4];
+#pragma unroll
+                for (int x = 0; x < 4; ++x) {
+                    const uint32_t c = x % 2 ? two[2 * h + x / 2] >> 16 : two[2 * h + x / 2] & 0xffff;
+                    f[x] = first + 4 * h + x < count ? column[c] : 0;
+                    w[x] = *reinterpret_cast<const uint32_t*>(bits + (first + 4 * h + (x + t) % 4) * (N / 8) + g % 4 * 4);
+                }
+                const uint32_t word = __byte_perm(__byte_perm(f[0], f[1], 0x0040), __byte_perm(f[2], f[3], 0x0040), 0x5410);
+                b[h] = __funnelshift_r(word, word, 8 * t);
+                transpose(w, g, bytes[h]);
+                // Even planes of bits in one half of the thread groups, odd ones in the other.
+#pragma unroll
+                for (int i = 0; i < 4; ++i) bytes[h][i] >>= g >> 2;
+            }
+#pragma unroll
+            for (int m = 0; m < OUT / 2; ++m) {
+                const int i = 2 * m / PLANES, p = 2 * m % PLANES;
+                const uint32_t low = 0x01010101u << (2 * p), high = 0x01010101u << (2 * p + 2);
+                mma_bytes(result[m], bytes[0][i] & low, bytes[0][i] & high, bytes[1][i] & low, bytes[1][i] & high, b[0],
+                          b[1]);
+            }
+        }
+        // They are worth 4.
 #pragma unroll
         for (int m = 0; m < OUT / 2; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) result[m][i] = 0;
+            for (int i = 0; i < 4; ++i) result[m][i] *= 4;
+    }
 
+    // `codes`: the section, in shared memory; `factors`: the columns, in shared memory.
+    // result[o / 2][o % 2 * 2 + part]: to result o of this thread's query `t`, high part and low part, is added
+    __device__ static void multiply(const uint8_t* codes, const uint32_t* factors, int lane,
+                                    int (&result)[OUT / 2][4]) {
+        const int g = lane / 4, t = lane % 4;
         const uint8_t* rows[4];
         const int word = (BYTES < 4 ? BYTES * g / 4 : g) * 4;
 #pragma unroll

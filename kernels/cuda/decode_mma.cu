@@ -9,6 +9,7 @@
 #include "attend.cuh"
 #include "codes.cuh"
 #include "ptx.cuh"
+#include "rotate.cuh"
 
 namespace ott {
 
@@ -32,12 +33,16 @@ struct Ring {
 
     __device__ uint8_t* slot(int i) const { return bytes + i % RING * SLOT; }
 
-    // `len` is a multiple of 16, as are the addresses.
-    __device__ void load(int i, const uint8_t* from, uint32_t len, int lane) {
+    // `len` bytes and `more_len` from elsewhere after them: multiples of 16, as are the addresses.
+    __device__ void load(int i, const uint8_t* from, uint32_t len, const uint8_t* more, uint32_t more_len, int lane) {
         if constexpr (BULK_COPIES) {
-            if (lane == 0) copy_bulk(slot(i), from, len, barrier + i % RING);
+            if (lane != 0) return;
+            barrier_expect(barrier + i % RING, len + more_len);
+            copy_bulk(slot(i), from, len, barrier + i % RING);
+            if (more_len > 0) copy_bulk(slot(i) + len, more, more_len, barrier + i % RING);
         } else {
             for (uint32_t at = lane * 16; at < len; at += 32 * 16) copy_16(slot(i) + at, from + at);
+            for (uint32_t at = lane * 16; at < more_len; at += 32 * 16) copy_16(slot(i) + len + at, more + at);
         }
     }
 
@@ -99,11 +104,15 @@ template <class E, int DIM, int KB, int VB>
 struct Kernel {
     using K = Codes<GROUP, KB, DIM>;
     using V = Codes<DIM, VB, GROUP>;
-    static constexpr PageLayout AT{GROUP, DIM, DIM, KB, VB, 16};
+    // Sections before the trace; those after it depend on the layer.
+    static constexpr PageLayout AT{GROUP, DIM, DIM, KB, VB, 16, 0};
+    // Most key channels with a third bit.
+    static constexpr int BOOSTED = KB == 2 ? DIM / 2 : 0;
     // Queries that a lane has 4 channels of.
     static constexpr int PER = QUERIES * DIM / 128;
-    static constexpr int KEYS = AT.v_codes, VALUES = AT.head_bytes - AT.v_codes;
-    static constexpr int SLOT = (KEYS > VALUES ? KEYS : VALUES) + 127 & ~127;
+    // Bytes of the halves of a page: keys and, behind them, third bits; values and trace.
+    static constexpr int KEYS = AT.v_codes, HIGH = BOOSTED * (GROUP / 8 + 2), VALUES = AT.head_bytes - AT.v_codes;
+    static constexpr int SLOT = (KEYS + HIGH > VALUES ? KEYS + HIGH : VALUES) + 127 & ~127;
     static constexpr int FACTORS = 8 * (K::STRIDE > V::STRIDE ? K::STRIDE : V::STRIDE);
 
     struct Warp {
@@ -137,8 +146,8 @@ struct Kernel {
     };
 
     // Scores of a page's tokens, all but those of traced ones.
-    __device__ static void scores(const uint8_t* keys, const float (&q)[PER][4], uint32_t* factors, int lane,
-                                  float (&score)[K::OUT]) {
+    __device__ static void scores(const uint8_t* keys, int boosted, const float (&q)[PER][4], uint32_t* factors,
+                                  int lane, float (&score)[K::OUT]) {
         const int at = lane % (DIM / 4), first = lane / (DIM / 4) * PER;
         float scale[4], min[4], bias[PER], inverse[PER];
         four_halves(keys + AT.k_scale + 8 * at, scale);
@@ -176,7 +185,12 @@ struct Kernel {
             unit = lane & 1 ? other : mine;
         }
         unit *= 1.0f / LARGEST;
-        int result[K::OUT / 2][4];
+        int result[K::OUT / 2][4] = {};
+        if (BOOSTED > 0 && boosted > 0) {
+            const uint8_t* bits = keys + KEYS;
+            const uint16_t* channels = reinterpret_cast<const uint16_t*>(bits + boosted * (GROUP / 8));
+            K::multiply_high(bits, channels, boosted, factors, lane, result);
+        }
         K::multiply(keys, factors, lane, result);
 #pragma unroll
         for (int o = 0; o < K::OUT; ++o)
@@ -218,7 +232,7 @@ struct Kernel {
             factors[(2 * t + 1) * V::STRIDE + K::element(first, g) / 4] = low;
         }
         __syncwarp();
-        int result[V::OUT / 2][4];
+        int result[V::OUT / 2][4] = {};
         V::multiply(values, factors, lane, result);
         const float unit = largest * (1.0f / LARGEST);
 #pragma unroll
@@ -230,26 +244,26 @@ struct Kernel {
     // Every WARPS-th page of an item.
     __device__ static void pages(const Layer& l, const uint32_t* tables, const Item& item, int head, float softcap,
                                  const float (&q)[PER][4], Warp& shared, int warp, int lane, Softmax& s) {
-        const size_t head_bytes = PageLayout(GROUP, DIM, DIM, KB, VB, l.outliers).head_bytes;
-        const uint32_t values_len = head_bytes - AT.v_codes;
+        const PageLayout layout(GROUP, DIM, DIM, KB, VB, l.outliers, l.boosted);
+        const uint32_t high = layout.k_high, high_len = layout.head_bytes - high, values_len = high - AT.v_codes;
         const int count = (static_cast<int>(item.to - item.from) - warp + WARPS - 1) / WARPS;
         Ring<SLOT> ring{shared.ring, shared.barrier};
         ring.init(lane);
-        auto part = [&](int page) { return head_part(l, tables[item.from + warp + page * WARPS], head, head_bytes); };
+        auto part = [&](int page) { return head_part(l, tables[item.from + warp + page * WARPS], head, layout.head_bytes); };
         const uint8_t* next = count > 0 ? part(0) : nullptr;
         if (count > 0) {
-            ring.load(0, next, KEYS, lane);
+            ring.load(0, next, KEYS, next + high, high_len, lane);
             ring.commit();
-            ring.load(1, next + AT.v_codes, values_len, lane);
+            ring.load(1, next + AT.v_codes, values_len, nullptr, 0, lane);
             ring.commit();
         }
         if (count > 1) next = part(1);
         for (int page = 0; page < count; ++page) {
             float score[K::OUT];
             ring.wait(2 * page);
-            scores(ring.slot(2 * page), q, shared.factors, lane, score);
+            scores(ring.slot(2 * page), l.boosted, q, shared.factors, lane, score);
             __syncwarp();
-            if (page + 1 < count) ring.load(2 * page + 2, next, KEYS, lane);
+            if (page + 1 < count) ring.load(2 * page + 2, next, KEYS, next + high, high_len, lane);
             ring.commit();
             ring.wait(2 * page + 1);
             const uint8_t* values = ring.slot(2 * page + 1);
@@ -277,7 +291,7 @@ struct Kernel {
                     add_traced(traced<E>(l, places[i]), q, softcap, lane, s);
             }
             __syncwarp();
-            if (page + 1 < count) ring.load(2 * page + 3, next + AT.v_codes, values_len, lane);
+            if (page + 1 < count) ring.load(2 * page + 3, next + AT.v_codes, values_len, nullptr, 0, lane);
             ring.commit();
             if (page + 2 < count) next = part(page + 2);
         }
@@ -402,6 +416,8 @@ struct Kernel {
             s.sum += __shfl_xor_sync(~0u, s.sum, h);
             s.base += __shfl_xor_sync(~0u, s.base, h);
         }
+        // A page's last bytes have arrived, and all lanes have read them.
+        __syncwarp();
         float* mine = reinterpret_cast<float*>(shared.warp[warp].ring) + lane % 4 * DIM;
 #pragma unroll
         for (int o = 0; o < V::OUT; ++o)
@@ -410,46 +426,74 @@ struct Kernel {
         if (lane < QUERIES) shared.sum[warp][lane] = s.sum;
         __syncthreads();
 
+        // This thread's numbers: consecutive channels of one query.
         const uint2 range = of_row[item.row];
-        const size_t stride = static_cast<size_t>(query.num_heads) * (2 + DIM);
-        float* sums = query.sums + static_cast<size_t>(head * ratio + first) * (2 + DIM);
-        E* out = static_cast<E*>(query.out) + (static_cast<size_t>(item.row) * query.num_heads + head * ratio + first) * DIM;
-        for (int i = threadIdx.x; i < queries * DIM; i += WARPS * 32) {
-            const int j = i / DIM, c = i % DIM;
-            float max = shared.max[0][j], sum = 0.0f, value = 0.0f;
-            for (int w = 1; w < WARPS; ++w) max = fmaxf(max, shared.max[w][j]);
-            for (int w = 0; w < WARPS; ++w) {
-                const float weight = exp2f(shared.max[w][j] - max);
-                sum += shared.sum[w][j] * weight;
-                value += reinterpret_cast<const float*>(shared.warp[w].ring)[i] * weight;
-            }
-            if (range.y - range.x == 1) {
-                out[i] = from_float<E>(__fdividef(value, sum));
-                continue;
-            }
-            float* to = sums + blockIdx.x * stride + j * (2 + DIM);
-            if (c == 0) to[0] = max;
-            if (c == 0) to[1] = sum;
-            to[2 + c] = value;
+        const bool alone = range.y - range.x == 1;
+        const int j = threadIdx.x * EACH / DIM, c = threadIdx.x * EACH % DIM;
+        float max = shared.max[0][j], sum = 0.0f, value[EACH] = {};
+        for (int w = 1; w < WARPS; ++w) max = fmaxf(max, shared.max[w][j]);
+        for (int w = 0; w < WARPS; ++w) {
+            const float weight = exp2f(shared.max[w][j] - max);
+            const float* of = reinterpret_cast<const float*>(shared.warp[w].ring) + threadIdx.x * EACH;
+            sum += shared.sum[w][j] * weight;
+#pragma unroll
+            for (int k = 0; k < EACH; ++k) value[k] = fmaf(of[k], weight, value[k]);
         }
-        if (range.y - range.x == 1) return;
-        __threadfence();
-        __syncthreads();
-        uint32_t* arrived = query.arrived + (item.row * gridDim.y + head) * gridDim.z + blockIdx.z;
-        if (threadIdx.x == 0) shared.last = atomicAdd(arrived, 1) == range.y - range.x - 1;
-        __syncthreads();
-        if (!shared.last) return;
-        __threadfence();
-        join(sums + range.x * stride, range.y - range.x, stride, queries, out, shared, warp, lane);
-        if (threadIdx.x == 0) *arrived = 0;
+        const size_t stride = static_cast<size_t>(query.num_heads) * (DIM + PARTIAL);
+        float* sums = partial(query, range.x, head * ratio + first, DIM);
+        if (!alone) {
+            float* to = sums + (blockIdx.x - range.x) * stride + j * (DIM + PARTIAL);
+            if (j < queries) {
+                write(to + c, value);
+                if (c == 0) to[DIM] = max;
+                if (c == 0) to[DIM + 1] = sum;
+            }
+            __threadfence();
+            __syncthreads();
+            uint32_t* arrived = query.arrived + (item.row * gridDim.y + head) * gridDim.z + blockIdx.z;
+            if (threadIdx.x == 0) {
+                shared.last = atomicAdd(arrived, 1) == range.y - range.x - 1;
+                if (shared.last) *arrived = 0;
+            }
+            __syncthreads();
+            if (!shared.last) return;
+            __threadfence();
+            sum = join(sums, range.y - range.x, stride, queries, j, c, shared, warp, lane, value);
+        }
+        finish(value, sum, l.rotate != 0, queries,
+               static_cast<E*>(query.out) +
+                   (static_cast<size_t>(item.row) * query.num_heads + head * ratio + first) * DIM,
+               shared);
     }
 
-    // Join `count` items of a row: a warp weighs one query's items, then each thread adds up channels.
-    __device__ static void join(const float* sums, int count, size_t stride, int queries, E* out, Shared& shared,
-                                int warp, int lane) {
+    // Results of a thread of the block.
+    static constexpr int EACH = QUERIES * DIM / (WARPS * 32);
+
+    __device__ static void write(float* to, const float (&x)[EACH]) {
+        if constexpr (EACH == 4)
+            *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+        else
+            *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
+    }
+
+    // As they are now, for all of the device.
+    __device__ static void read(const float* from, float (&x)[EACH]) {
+        if constexpr (EACH == 4) {
+            const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
+            x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+        } else {
+            const float2 two = __ldcg(reinterpret_cast<const float2*>(from));
+            x[0] = two.x, x[1] = two.y;
+        }
+    }
+
+    // Join `count` items of a row: a warp weighs one query's items, then each thread adds up `EACH` channels of query `j`,
+    // from `c` on. Returns the sum of weights.
+    __device__ static float join(const float* sums, int count, size_t stride, int queries, int j, int c, Shared& shared,
+                                 int warp, int lane, float (&value)[EACH]) {
         float* weights = reinterpret_cast<float*>(shared.warp[0].ring);
         if (warp < queries) {
-            const float* of = sums + warp * (2 + DIM);
+            const float* of = sums + warp * (DIM + PARTIAL) + DIM;
             float max = -INFINITY, sum = 0.0f;
             for (int i = lane; i < count; i += 32) max = fmaxf(max, __ldcg(of + i * stride));
             for (int h = 1; h < 32; h *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, h));
@@ -462,21 +506,40 @@ struct Kernel {
             if (lane == 0) shared.sum[0][warp] = sum;
         }
         __syncthreads();
-        // This thread's numbers together, so that many loads are on their way.
-        constexpr int EACH = QUERIES * DIM / (WARPS * 32);
-        float value[EACH] = {};
-#pragma unroll 4
-        for (int n = 0; n < count; ++n)
 #pragma unroll
-            for (int k = 0; k < EACH; ++k) {
-                const int i = threadIdx.x + k * WARPS * 32, j = i / DIM;
-                if (j < queries)
-                    value[k] = fmaf(weights[n * QUERIES + j], __ldcg(sums + n * stride + j * (2 + DIM) + 2 + i % DIM), value[k]);
-            }
+        for (int k = 0; k < EACH; ++k) value[k] = 0.0f;
+        if (j >= queries) return 1.0f;
+        // Many loads on their way at once.
+        const float* of = sums + j * (DIM + PARTIAL) + c;
+#pragma unroll 8
+        for (int n = 0; n < count; ++n) {
+            float x[EACH];
+            read(of + n * stride, x);
+#pragma unroll
+            for (int k = 0; k < EACH; ++k) value[k] = fmaf(weights[n * QUERIES + j], x[k], value[k]);
+        }
+        return shared.sum[0][j];
+    }
+
+    // Divide by the sum of weights, turn back into the model's basis and write: thread `t` then has channel `t % DIM`.
+    __device__ static void finish(const float (&value)[EACH], float sum, bool rotated, int queries, E* out,
+                                  Shared& shared) {
+        // Neither weights nor what the warps found lie here.
+        float* all = reinterpret_cast<float*>(shared.warp[1].ring) + QUERIES * DIM;
+        static_assert(2 * sizeof(float) * QUERIES * DIM <= sizeof(Warp::ring), "results fit beside those of a warp");
+        const float inverse = __fdividef(1.0f, sum);
+        float x[EACH];
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) x[k] = value[k] * inverse;
+        write(all + threadIdx.x * EACH, x);
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < EACH; ++k) x[k] = all[threadIdx.x + k * ROTATORS];
+        if (rotated) rotate(x, DIM, all);
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
-            const int i = threadIdx.x + k * WARPS * 32, j = i / DIM;
-            if (j < queries) out[i] = from_float<E>(__fdividef(value[k], shared.sum[0][j]));
+            const int i = threadIdx.x + k * ROTATORS;
+            if (i < queries * DIM) out[i] = from_float<E>(x[k]);
         }
     }
 };
@@ -484,7 +547,7 @@ struct Kernel {
 }  // namespace ott
 
 #define OTT_DECODE_MMA(name, E, DIM, KB, VB)                                                                     \
-    extern "C" __global__ void __launch_bounds__(128, 4) name(                                                   \
+    extern "C" __global__ void __launch_bounds__(128, KB == 3 ? 3 : 4) name(                                                  \
         ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, const uint2* of_row,  \
         ott::Query query) {                                                                                      \
         extern __shared__ __align__(128) uint8_t shared[];                                                       \

@@ -69,7 +69,7 @@ __device__ inline void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// sm_90. A barrier that one thread arrives at, and the bytes it announces.
+// sm_90. A barrier that one thread arrives at.
 __device__ inline void barrier_init(uint64_t* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -77,14 +77,18 @@ __device__ inline void barrier_init(uint64_t* barrier) {
 // sm_90. The copy engine sees barriers that were made before.
 __device__ inline void barrier_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// sm_90. `len` bytes by the copy engine, announced by one thread: all at multiples of 16.
+// sm_90. The one arrival of a phase, by one thread: `len` bytes are to come.
+__device__ inline void barrier_expect(uint64_t* barrier, uint32_t len) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(len)
+                 : "memory");
+}
+
+// sm_90. `len` bytes by the copy engine, by one thread: all at multiples of 16.
 __device__ inline void copy_bulk(void* to, const void* from, uint32_t len, uint64_t* barrier) {
-    const uint32_t b = shared_address(barrier);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(len) : "memory");
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             shared_address(to)),
-        "l"(from), "r"(len), "r"(b)
+        "l"(from), "r"(len), "r"(shared_address(barrier))
         : "memory");
 }
 

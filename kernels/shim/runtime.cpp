@@ -441,12 +441,16 @@ void barrier_init(uint64_t* at, const Site& site) {
     *at = shim_bits<uint64_t>(Barrier{Barrier::MAGIC, 0, 1, 0});
 }
 
-void copy_bulk(void* to, const void* from, uint32_t len, uint64_t* at, const Site& site) {
+void barrier_expect(uint64_t* at, uint32_t len, const Site& site) {
     Barrier barrier = load(at, site);
     if (barrier.arrivals == 0) fail("%s:%d: a barrier's phase has its arrival already", name_of(site.file), site.line);
     barrier.arrivals -= 1;
     barrier.bytes += static_cast<int32_t>(len);
     store(at, barrier);
+}
+
+void copy_bulk(void* to, const void* from, uint32_t len, uint64_t* at, const Site& site) {
+    load(at, site);
     state->engine.push_back(depart(to, from, len, at, site));
 }
 

@@ -9,6 +9,8 @@ macro_rules! fatbin {
 /// The image of a source file; empty if there is none of that name.
 pub(crate) fn image(source: &str) -> Vec<u8> {
     let image: &[u8] = match source {
+        "count" => fatbin!("count"),
+        "probe" => fatbin!("probe"),
         "store" => fatbin!("store"),
         "seal" => fatbin!("seal"),
         "decode" => fatbin!("decode"),

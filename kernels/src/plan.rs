@@ -11,6 +11,23 @@ pub const CHUNK: usize = 32;
 const WARPS: usize = 4;
 /// Tokens of the window that a block reads at once.
 const WINDOW_ITEM: usize = 16 * WARPS;
+/// Most items of a row's pages: what the tensor-core kernel can join.
+const MAX_ITEMS: usize = 256;
+
+/// Query heads of a tile of the tensor-core kernel.
+const QUERIES: usize = 4;
+/// Blocks of threads that pages are cut into at most, beside one per row: several times what a device runs at once.
+const MOST_PARTS: usize = 2048;
+
+/// Blocks of threads per item: kv heads, times tiles of query heads.
+pub fn lanes(num_heads: usize, num_kv_heads: usize) -> usize {
+    num_kv_heads * (num_heads / num_kv_heads).div_ceil(QUERIES)
+}
+
+/// Items of a step of `rows` rows, at most.
+pub fn most_items(rows: usize, group: usize, lanes: usize) -> usize {
+    rows * (1 + (2 * group).div_ceil(WINDOW_ITEM)) + MOST_PARTS / lanes.max(1)
+}
 
 /// One row as the host gives it, with what is known of its blocks.
 #[derive(Clone, Debug)]
@@ -46,6 +63,8 @@ pub struct Plan {
     pub of_row: Vec<Pair>,
     /// Most new tokens of a row.
     pub longest: usize,
+    /// Whether some new tokens are sealed at once.
+    pub seals_new: bool,
 }
 
 impl Plan {
@@ -94,6 +113,7 @@ impl Plan {
                 b: plan.items.len() as u32,
             });
             plan.longest = plan.longest.max(row.new);
+            plan.seals_new |= row.sealed > row.sealed_before && row.sealed * group > row.past;
         }
         plan
     }
@@ -112,14 +132,22 @@ fn item_pages(pages: &[usize], lanes: usize, slots: usize) -> usize {
     let rounds = |pages: &usize| pages.div_ceil(WARPS);
     let longest = pages.iter().map(rounds).max().unwrap_or(0).max(1);
     let all: usize = pages.iter().map(rounds).sum();
+    let items = |size: &usize| {
+        pages
+            .iter()
+            .map(|p| rounds(p).div_ceil(*size))
+            .sum::<usize>()
+    };
     let cost = |size: usize| {
-        let items: usize = pages.iter().map(|p| rounds(p).div_ceil(size)).sum();
+        let items: usize = items(&size);
         let work = (all as f64 + 0.5 * items as f64) * lanes as f64 / slots.max(1) as f64;
         1.9 * size as f64 + 5.5 * work + 0.12 * longest.div_ceil(size) as f64
     };
-    let sizes = 1..=longest;
+    let most = pages.len() + MOST_PARTS / lanes.max(1);
+    let least = longest.div_ceil(MAX_ITEMS);
+    let sizes = (least..=longest).filter(|size| items(size) <= most);
     let best = sizes.min_by(|a, b| cost(*a).total_cmp(&cost(*b)));
-    best.unwrap_or(1) * WARPS
+    best.unwrap_or(longest) * WARPS
 }
 
 #[cfg(test)]
@@ -165,6 +193,7 @@ mod tests {
             [(1, 0, 64), (1, 64, 128), (1, 128, 145), (0, 0, 2)]
         );
         assert_eq!(plan.longest, 300);
+        assert!(plan.seals_new);
     }
 
     #[test]

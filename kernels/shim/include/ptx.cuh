@@ -85,6 +85,9 @@ inline void wait_copies() {
 
 inline void barrier_init(uint64_t* barrier, SHIM_AT) { shim::barrier_init(barrier, {"barrier_init", file, line}); }
 inline void barrier_fence() {}
+inline void barrier_expect(uint64_t* barrier, uint32_t len, SHIM_AT) {
+    shim::barrier_expect(barrier, len, {"barrier_expect", file, line});
+}
 inline void copy_bulk(void* to, const void* from, uint32_t len, uint64_t* barrier, SHIM_AT) {
     shim::copy_bulk(to, from, len, barrier, {"copy_bulk", file, line});
 }

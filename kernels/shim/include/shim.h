@@ -36,6 +36,7 @@ void wait(int but_last);
 
 // Copies of the engine, with a barrier that counts their bytes.
 void barrier_init(uint64_t* barrier, const Site& site);
+void barrier_expect(uint64_t* barrier, uint32_t len, const Site& site);
 void copy_bulk(void* to, const void* from, uint32_t len, uint64_t* barrier, const Site& site);
 void barrier_wait(uint64_t* barrier, uint32_t parity, const Site& site);
 

@@ -221,12 +221,33 @@ impl CudaStream {
         Ok(())
     }
 
-    pub fn clone_dtoh<T: DeviceRepr>(
+    /// Memory that nobody has written yet: garbage, and numbers of none.
+    ///
+    /// # Safety
+    /// As cudarc says.
+    pub unsafe fn alloc<T: DeviceRepr>(
         self: &Arc<Self>,
-        from: &CudaSlice<T>,
+        len: usize,
+    ) -> Result<CudaSlice<T>, DriverError> {
+        Ok(CudaSlice::filled(&self.context, len, 0xff))
+    }
+
+    pub fn memset_zeros<T: DeviceRepr>(
+        self: &Arc<Self>,
+        to: &mut CudaSlice<T>,
+    ) -> Result<(), DriverError> {
+        // SAFETY: a slice's own memory.
+        unsafe { to.at.write_bytes(0, to.len) };
+        Ok(())
+    }
+
+    pub fn clone_dtoh<T: DeviceRepr, From: DevicePtr<T>>(
+        self: &Arc<Self>,
+        from: &From,
     ) -> Result<Vec<T>, DriverError> {
+        let (at, len) = (from.device_ptr(self).0 as *const T, from.len());
         // SAFETY: a slice's memory is all initialised, and any bytes are a T.
-        Ok(unsafe { std::slice::from_raw_parts(from.at, from.len) }.to_vec())
+        Ok(unsafe { std::slice::from_raw_parts(at, len) }.to_vec())
     }
 
     pub fn launch_builder<'a>(&'a self, function: &'a CudaFunction) -> LaunchArgs<'a> {
@@ -289,13 +310,40 @@ impl<T> Drop for CudaSlice<T> {
     }
 }
 
+impl<T> CudaSlice<T> {
+    pub fn try_slice(&self, range: std::ops::Range<usize>) -> Option<CudaView<'_, T>> {
+        let inside = range.start <= range.end && range.end <= self.len;
+        inside.then(|| CudaView { slice: self, range })
+    }
+}
+
+/// A part of a slice.
+pub struct CudaView<'a, T> {
+    slice: &'a CudaSlice<T>,
+    range: std::ops::Range<usize>,
+}
+
 pub trait DevicePtr<T> {
     fn device_ptr(&self, stream: &CudaStream) -> (u64, ());
+    fn len(&self) -> usize;
 }
 
 impl<T> DevicePtr<T> for CudaSlice<T> {
     fn device_ptr(&self, _: &CudaStream) -> (u64, ()) {
         (self.at as u64, ())
+    }
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl<T> DevicePtr<T> for CudaView<'_, T> {
+    fn device_ptr(&self, _: &CudaStream) -> (u64, ()) {
+        let offset = self.range.start * size_of::<T>();
+        (self.slice.at as u64 + offset as u64, ())
+    }
+    fn len(&self) -> usize {
+        self.range.len()
     }
 }
 
@@ -326,6 +374,13 @@ impl<'a, T: DeviceRepr> PushKernelArg<&'a T> for LaunchArgs<'a> {
 
 impl<'a, T> PushKernelArg<&'a CudaSlice<T>> for LaunchArgs<'a> {
     fn arg(&mut self, arg: &'a CudaSlice<T>) -> &mut Self {
+        self.args.push(std::ptr::from_ref(&arg.at).cast());
+        self
+    }
+}
+
+impl<'a, T> PushKernelArg<&'a mut CudaSlice<T>> for LaunchArgs<'a> {
+    fn arg(&mut self, arg: &'a mut CudaSlice<T>) -> &mut Self {
         self.args.push(std::ptr::from_ref(&arg.at).cast());
         self
     }

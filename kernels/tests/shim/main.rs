@@ -7,17 +7,17 @@
 extern crate self as cudarc;
 
 mod compile;
-#[path = "../../src/bin/gpu-check/conformance.rs"]
+#[path = "../../examples/gpu-check/conformance.rs"]
 #[allow(dead_code)]
 mod conformance;
 #[path = "../../src/device.rs"]
 #[allow(dead_code)]
 mod device;
 mod driver;
-#[path = "../../src/bin/gpu-check/paint.rs"]
+#[path = "../../examples/gpu-check/paint.rs"]
 mod paint;
 
-use ott_kernels::{abi, plan};
+use ott_kernels::{abi, plan, shape};
 
 mod nvrtc {
     pub struct Ptx;
