@@ -10,9 +10,9 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
-use crate::abi::{Fresh, Item, Layer, Query, Row, WINDOW_CHUNKS};
+use crate::abi::{Fresh, Item, Layer, Query, Row, ITEM_FIRST, WINDOW_CHUNKS};
 use crate::image::image;
-use crate::plan::{lanes, Plan};
+use crate::plan::{heads_of_block, lanes, Plan};
 use crate::shape::LayerShape;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
@@ -23,11 +23,9 @@ unsafe impl DeviceRepr for Fresh {}
 unsafe impl DeviceRepr for Query {}
 
 /// Fields of all structs, and sections of a page.
-const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + 9 + 10;
+const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
 /// Threads of every block.
 const THREADS: u32 = 128;
-/// Query heads of a tile of the tensor-core kernel, as in `plan`.
-const QUERIES: u32 = 4;
 /// Layers whose faults are told apart.
 const LAYERS: usize = 1024;
 /// Threads of a block that gives third bits.
@@ -282,7 +280,7 @@ impl DeviceLayer {
             let name = format!("ott_{name}_{suffix}");
             module.load_function(&name).context(name)
         };
-        let tuned = tuned(kernels, &shape, dtype)?;
+        let tuned = tuned(kernels, &shape, dtype, num_heads)?;
         let per_multiprocessor = match &tuned {
             Some((function, shared)) => function.occupancy_max_active_blocks_per_multiprocessor(
                 THREADS,
@@ -405,8 +403,14 @@ impl DeviceLayer {
     }
 
     fn store(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+        if plan.longest == 0 {
+            return Ok(());
+        }
         let heads = self.shape.num_kv_heads as u32;
         let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
+        if longest == 0 {
+            return Ok(());
+        }
         let mut launch = self.stream.launch_builder(&self.store);
         let args = launch.arg(layer).arg(&plan.words).arg(&k).arg(&v);
         // SAFETY: as above.
@@ -424,10 +428,10 @@ impl DeviceLayer {
         let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
         let kv_heads = shape.num_kv_heads as u32;
         if let (Some((function, shared)), true) = (&self.tuned_decode, tuned) {
-            let tiles = heads.div_ceil(kv_heads).div_ceil(QUERIES);
+            let blocks = lanes(self.num_heads, shape.num_kv_heads) as u32 / kv_heads;
             let config = LaunchConfig {
                 shared_mem_bytes: *shared,
-                ..grid(items, kv_heads, tiles)
+                ..grid(items, kv_heads, blocks)
             };
             let query = Query {
                 arrived: plan.arrived,
@@ -551,6 +555,7 @@ fn tuned(
     kernels: &Kernels,
     shape: &LayerShape,
     dtype: Dtype,
+    num_heads: usize,
 ) -> Result<Option<(CudaFunction, u32)>> {
     let (dim, bits) = (shape.k_dim, (shape.k_bits, shape.v_bits));
     let served = matches!(dim, 64 | 128)
@@ -562,7 +567,11 @@ fn tuned(
         return Ok(None);
     }
     let suffix = dtype.suffix();
-    let name = format!("ott_decode_mma_{suffix}_{dim}_{}_{}", bits.0, bits.1);
+    let heads = heads_of_block(num_heads / shape.num_kv_heads);
+    let name = format!(
+        "ott_decode_mma_{suffix}_{dim}_{}_{}_{heads}",
+        bits.0, bits.1
+    );
     let function = kernels.decode_mma.load_function(&name)?;
     let shared = format!("{name}_shared");
     let shared = kernels.decode_mma.get_global(&shared, &kernels.stream)?;

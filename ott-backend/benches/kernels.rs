@@ -38,6 +38,16 @@ fn run(ops: &CpuOps) {
             codes: &codes,
             scale: &halves,
             min: &halves,
+            boosted: &[],
+            high: &[],
+        };
+        let boosted: Vec<u8> = (0..dim as u16 * 12 / 64)
+            .flat_map(|i| (i * 5).to_le_bytes())
+            .collect();
+        let high = Keys {
+            boosted: &boosted,
+            high: &codes[..boosted.len() / 2 * TOKENS / 8],
+            ..keys
         };
         let values = Values {
             bits,
@@ -53,9 +63,10 @@ fn run(ops: &CpuOps) {
         let mut out = vec![0f32; n * dim];
         let bytes = codes.len() as f64;
         let k = least(|| (ops.key_scores)(&keys, black_box(&q), dim, &mut scores));
+        let third = least(|| (ops.key_scores)(&high, black_box(&q), dim, &mut scores));
         let v = least(|| (ops.value_sum)(&values, black_box(&p), &mut out));
         println!(
-            "{}: {bits} bits, head_dim {dim}, {n} queries: keys {k:.0} ns ({:.1} GB/s), values {v:.0} ns ({:.1} GB/s)",
+            "{}: {bits} bits, head_dim {dim}, {n} queries: keys {k:.0} ns ({:.1} GB/s), with third bits {third:.0} ns, values {v:.0} ns ({:.1} GB/s)",
             ops.name, bytes / k, bytes / v
         );
     }

@@ -188,7 +188,6 @@ impl<'a, E: Element> Task<'a, E> {
         let page = self.layer.head(block, self.head);
         let scores = &mut scratch.scores[..];
         (ops.key_scores)(&page.keys(), self.q, layout.k_dim, scores);
-        page.add_high_scores(self.q, scores, &mut scratch.wide);
         for (n, t) in page.traced().iter().map(|t| usize::from(*t)).enumerate() {
             let key = &mut scratch.wide[..layout.k_dim];
             E::widen(self.layer.traced(block, self.head, n).0, key);

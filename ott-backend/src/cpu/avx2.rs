@@ -68,6 +68,7 @@ fn values_kernel(values: &Values<'_>, p: &[f32], out: &mut [f32]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
     match strip.bits {
+        1 => add_planes::<8>(strip, x, out),
         2 => add_planes::<4>(strip, x, out),
         4 => add_planes::<2>(strip, x, out),
         _ => scalar::add_strip(strip, x, out),
@@ -78,12 +79,14 @@ fn add(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_planes<const PLANES: usize>(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
     let (mut scale, mut min) = ([0f32; ROWS], [0f32; ROWS]);
-    widen(strip.scale, &mut scale[..strip.rows]);
-    widen(strip.min, &mut min[..strip.rows]);
+    let eights = strip.rows.next_multiple_of(8);
+    widen(strip.scale, &mut scale[..eights]);
+    widen(strip.min, &mut min[..eights]);
     let mut factors = [[0f32; ROWS]; QUERIES];
     let mut n = 0;
     while n < x.len() {
-        let count = QUERIES.min(x.len() - n);
+        let queries = if PLANES == 8 { 1 } else { QUERIES };
+        let count = queries.min(x.len() - n);
         for (i, factors) in factors[..count].iter_mut().enumerate() {
             let x = x.of(n + i, strip);
             for ((f, x), scale) in factors.iter_mut().zip(x).zip(&scale) {
@@ -111,7 +114,10 @@ fn dot<const PLANES: usize, const N: usize>(
     n: usize,
     out: &mut Sums<'_>,
 ) {
-    let table = _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0);
+    let table = match PLANES {
+        8 => _mm256_setr_ps(0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0),
+        _ => _mm256_setr_ps(0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0),
+    };
     let mask = _mm256_set1_epi32((1 << (8 / PLANES)) - 1);
     let mut sums = [[_mm256_setzero_ps(); PLANES]; N];
     for r in 0..strip.rows {
@@ -122,7 +128,7 @@ fn dot<const PLANES: usize, const N: usize>(
             let shifted = _mm256_srlv_epi32(bytes, shift);
             // The look-up reads the low two bits of each number and ignores the others.
             let codes = match PLANES {
-                4 => _mm256_permutevar_ps(table, shifted),
+                4 | 8 => _mm256_permutevar_ps(table, shifted),
                 _ => _mm256_cvtepi32_ps(_mm256_and_si256(shifted, mask)),
             };
             for i in 0..N {

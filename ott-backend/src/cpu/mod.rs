@@ -11,9 +11,17 @@ mod strip;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod fixed;
 #[cfg_attr(target_arch = "x86_64", path = "native/x86_64.rs")]
-#[cfg_attr(not(target_arch = "x86_64"), path = "native/none.rs")]
+#[cfg_attr(target_arch = "aarch64", path = "native/aarch64.rs")]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    path = "native/none.rs"
+)]
 mod native;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use crate::config::Clip;
 use crate::error::{Error, Result};
@@ -32,6 +40,11 @@ pub struct Keys<'a> {
     pub scale: &'a [u8],
     /// `(k_dim)` f16, little-endian.
     pub min: &'a [u8],
+    /// `(M)` u16, little-endian: channels whose codes have one more bit, worth 2^bits. Others than
+    /// `0..k_dim` count nothing.
+    pub boosted: &'a [u8],
+    /// `(M, tokens)`: these bits, packed along tokens.
+    pub high: &'a [u8],
 }
 
 /// Quantized values of one head in one page.

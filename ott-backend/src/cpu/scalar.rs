@@ -142,7 +142,7 @@ fn rows(x: &[f32], len: usize) -> std::slice::ChunksExact<'_, f32> {
 
 /// The first `out.len()` (128 at most) of little-endian f16 `bytes`.
 #[inline(always)]
-fn read_f16(bytes: &[u8], out: &mut [f32]) {
+pub(super) fn read_f16(bytes: &[u8], out: &mut [f32]) {
     let mut halves = [f16::ZERO; ROWS];
     let halves = &mut halves[..out.len()];
     for (half, bytes) in halves.iter_mut().zip(bytes.chunks_exact(2)) {
