@@ -5,11 +5,11 @@
 #include <cstdio>
 #include <cstdlib>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_RACES)
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -26,7 +26,7 @@ namespace shim {
 namespace {
 
 constexpr size_t PAGE = 4096;
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(SHIM_ADDRESSES) || defined(SHIM_RACES)
 constexpr size_t STACK = 512 * 1024;
 #else
 constexpr size_t STACK = 128 * 1024;
@@ -95,7 +95,7 @@ Fibre::Fibre() {
         std::abort();
     }
     stack = static_cast<char*>(all) + PAGE;
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_RACES)
     race = __tsan_create_fiber(0);
 #endif
 }
@@ -104,7 +104,7 @@ static void (*entry_of_new)() __attribute__((section(".data"))) = nullptr;
 
 // The first thing on a new stack.
 static void begin() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
     __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.size);
 #endif
     entry_of_new();
@@ -112,7 +112,7 @@ static void begin() {
 }
 
 void Fibre::start(void (*entry)()) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
     __asan_unpoison_memory_region(stack, STACK);
     fake = nullptr;
 #endif
@@ -121,30 +121,30 @@ void Fibre::start(void (*entry)()) {
 }
 
 void Fibre::enter() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
     __sanitizer_start_switch_fiber(&scheduler.fake, stack, STACK);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_RACES)
     scheduler.race = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(race, 1);
 #endif
     shim_switch(&scheduler.top, top);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
     __sanitizer_finish_switch_fiber(scheduler.fake, nullptr, nullptr);
 #endif
 }
 
 void Fibre::leave(bool last) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
     __sanitizer_start_switch_fiber(last ? nullptr : &fake, scheduler.stack, scheduler.size);
 #else
     (void)last;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_RACES)
     __tsan_switch_to_fiber(scheduler.race, 1);
 #endif
     shim_switch(&top, scheduler.top);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
     __sanitizer_finish_switch_fiber(fake, &scheduler.stack, &scheduler.size);
 #endif
 }

@@ -12,10 +12,10 @@
 #include "cuda_runtime.h"
 #include "fibre.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
 #include <sanitizer/asan_interface.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_RACES)
 extern "C" {
 void __tsan_acquire(void*);
 void __tsan_release(void*);
@@ -43,13 +43,13 @@ constexpr int MOST_THREADS = 1024;
 
 // What happens before, for the race detector.
 void publish(void* of) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_RACES)
     __tsan_release(of);
 #endif
     (void)of;
 }
 void observe(void* of) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SHIM_RACES)
     __tsan_acquire(of);
 #endif
     (void)of;
@@ -75,6 +75,9 @@ struct Copy {
 
 struct Thread {
     Fibre fibre;
+    Dim3 index;
+    uint32_t lane;
+    struct Warp* warp;
     bool ended;
     Site at;
     // The answer of the last barrier of the block.
@@ -99,7 +102,7 @@ struct Warp {
 struct State {
     std::unique_ptr<Thread> threads[MOST_THREADS];
     Warp warps[MOST_THREADS / LANES];
-    int count, live, now, waiting;
+    int count, live, waiting;
     Site barrier;
     bool all;
     // How often a thread looked for bytes since anything happened.
@@ -114,6 +117,8 @@ struct State {
     char error[2048];
 };
 State* state SHIM_STATE = nullptr;
+// The thread that runs; none while blocks are set up.
+Thread* current SHIM_STATE = nullptr;
 
 const char* name_of(const char* file) {
     const char* last = file;
@@ -122,10 +127,8 @@ const char* name_of(const char* file) {
     return last;
 }
 
-Thread& self() { return *state->threads[state->now]; }
-
 // Until the scheduler takes this thread up again.
-void pause(bool last = false) { self().fibre.leave(last); }
+void pause(bool last = false) { current->fibre.leave(last); }
 
 void happened() { state->idle = 0; }
 
@@ -220,7 +223,7 @@ void say(const char* format, va_list of) {
     if (state->failed) return;
     state->failed = true;
     int used = 0;
-    if (state->now >= 0)
+    if (current != nullptr)
         used = std::snprintf(state->error, sizeof state->error, "block (%u, %u, %u), thread %u: ", blockIdx.x,
                              blockIdx.y, blockIdx.z, threadIdx.x);
     else
@@ -233,7 +236,7 @@ void say(const char* format, va_list of) {
 void note(const char* format, ...) {
     va_list of;
     va_start(of, format);
-    state->now = -1;
+    current = nullptr;
     say(format, of);
     va_end(of);
 }
@@ -243,7 +246,7 @@ void note(const char* format, ...) {
 void run_thread() {
     observe(state);
     state->kernel(state->args);
-    Thread& mine = self();
+    Thread& mine = *current;
     for (const auto& group : mine.copies)
         if (!group.empty()) fail("ended with a copy on its way (cp.async)");
     mine.ended = true;
@@ -253,12 +256,6 @@ void run_thread() {
     pause(true);
 }
 
-void resume(int thread) {
-    state->now = thread;
-    threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
-    state->threads[thread]->fibre.enter();
-}
-
 // Each lane that can goes on until it waits, in an order of its own each time.
 void run_warp(int warp) {
     Warp& of = state->warps[warp];
@@ -266,19 +263,15 @@ void run_warp(int warp) {
     for (uint32_t i = 0; i < LANES && !state->failed; ++i) {
         const uint32_t lane = ((start + i * step) ^ flip) % LANES;
         if (!(of.ready >> lane & 1)) continue;
-        const int thread = warp * LANES + lane;
-        resume(thread);
-        if (state->threads[thread]->ended) of.ready &= ~(1u << lane);
+        current = state->threads[warp * LANES + lane].get();
+        threadIdx = current->index;
+        current->fibre.enter();
+        if (current->ended) of.ready &= ~(1u << lane);
     }
 }
 
-#if defined(__SANITIZE_ADDRESS__)
-__attribute__((no_sanitize("address")))
-#endif
-#if defined(__SANITIZE_THREAD__)
-__attribute__((no_sanitize("thread")))
-#endif
-void fill(volatile char* from, volatile char* to, uint8_t with) {
+// All of it, also what a sanitizer guards.
+__attribute__((no_sanitize("address"))) void fill(volatile char* from, volatile char* to, uint8_t with) {
 #if defined(__x86_64__)
     size_t len = to - from;
     __asm__ volatile("rep stosb" : "+D"(from), "+c"(len) : "a"(with) : "memory");
@@ -303,6 +296,10 @@ void run_block() {
     for (int t = 0; t < s.count; ++t) {
         if (!s.threads[t]) s.threads[t] = std::make_unique<Thread>();
         Thread& thread = *s.threads[t];
+        const uint32_t x = blockDim.x, y = blockDim.y;
+        thread.index = {t % x, t / x % y, t / x / y};
+        thread.lane = t % LANES;
+        thread.warp = &s.warps[t / LANES];
         thread.ended = false;
         thread.at = {"its start", "", 0};
         thread.copies.assign(1, {});
@@ -331,10 +328,10 @@ void run_block() {
         }
     }
     observe(&s);
-    s.now = -1;
+    current = nullptr;
     if (s.failed) return;
     if (!s.engine.empty()) note("the block ended with a copy on its way");
-#if !defined(__SANITIZE_ADDRESS__)
+#if !defined(SHIM_ADDRESSES)
     for (uint32_t i = s.shared_len; i < s.shared_len + 1024 && i < sizeof shared; ++i)
         if (shared[i] != s.garbage) {
             note("byte %u of shared memory was written, of %u", i, s.shared_len);
@@ -353,12 +350,12 @@ void fail(const char* format, ...) {
     for (;;) pause(true);
 }
 
-uint32_t lane() { return state->now % LANES; }
+uint32_t lane() { return current->lane; }
 
 void meet(const Site& site, uint32_t mask, void* mine, void (*all)(void* const* brought, uint32_t mask)) {
-    const uint32_t l = lane();
+    const uint32_t l = current->lane;
     if (!(mask >> l & 1)) fail("%s (%s:%d): its mask leaves lane %u out", site.what, name_of(site.file), site.line, l);
-    Warp& warp = state->warps[state->now / LANES];
+    Warp& warp = *current->warp;
     Meeting& meeting = warp.meetings[__builtin_ctz(mask)];
     if (meeting.here == 0) {
         meeting.mask = mask;
@@ -368,7 +365,7 @@ void meet(const Site& site, uint32_t mask, void* mine, void (*all)(void* const* 
         fail("lanes of a warp part: %08x wait at %s (%s:%d), lane %u at %s (%s:%d)", meeting.here, meeting.site.what,
              name_of(meeting.site.file), meeting.site.line, l, site.what, name_of(site.file), site.line);
     }
-    self().at = site;
+    current->at = site;
     meeting.brought[l] = mine;
     meeting.here |= 1u << l;
     publish(&meeting);
@@ -397,10 +394,10 @@ bool meet_block(const Site& site, bool mine) {
              name_of(s.barrier.file), s.barrier.line, site.what, name_of(site.file), site.line);
     }
     s.all = s.all && mine;
-    self().at = site;
+    current->at = site;
     publish(&s.barrier);
     if (++s.waiting < s.count) {
-        s.warps[s.now / LANES].ready &= ~(1u << lane());
+        current->warp->ready &= ~(1u << current->lane);
         pause();
     } else {
         observe(&s.barrier);
@@ -413,7 +410,7 @@ bool meet_block(const Site& site, bool mine) {
         publish(&s.barrier);
     }
     observe(&s.barrier);
-    return self().all;
+    return current->all;
 }
 
 void copy(void* to, const void* from, const Site& site) {
@@ -422,13 +419,13 @@ void copy(void* to, const void* from, const Site& site) {
     if (state->random.below(4) == 0)
         deliver(copy);
     else
-        self().copies.back().push_back(copy);
+        current->copies.back().push_back(copy);
 }
 
-void commit() { self().copies.emplace_back(); }
+void commit() { current->copies.emplace_back(); }
 
 void wait(int but_last) {
-    auto& copies = self().copies;
+    auto& copies = current->copies;
     // The last is open.
     while (static_cast<int>(copies.size()) - 1 > but_last) {
         for (const Copy& copy : copies.front()) deliver(copy);
@@ -455,7 +452,7 @@ void copy_bulk(void* to, const void* from, uint32_t len, uint64_t* at, const Sit
 }
 
 void barrier_wait(uint64_t* at, uint32_t parity, const Site& site) {
-    self().at = site;
+    current->at = site;
     while (load(at, site).parity == parity) {
         if (!state->engine.empty() && state->random.below(2) == 0) {
             deliver_any();
@@ -499,7 +496,7 @@ void run_grid(uint32_t shared_len, uint64_t seed) {
     s.shared_len = shared_len;
     if (blockDim.x * blockDim.y * blockDim.z > MOST_THREADS || shared_len > MOST_SHARED)
         return note("too many threads or too much shared memory for a block");
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SHIM_ADDRESSES)
     __asan_unpoison_memory_region(shared, sizeof shared);
     __asan_poison_memory_region(shared + (shared_len + 7) / 8 * 8, sizeof shared - (shared_len + 7) / 8 * 8);
 #endif
@@ -525,7 +522,7 @@ extern "C" bool shim_launch(shim::Kernel kernel, void* const* args, const uint32
     state->kernel = kernel;
     state->args = args;
     state->failed = false;
-    state->now = -1;
+    current = nullptr;
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {block[0], block[1], block[2]};
     blockIdx = {0, 0, 0};

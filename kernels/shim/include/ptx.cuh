@@ -76,6 +76,8 @@ inline float warp_max_of_positive(float x, SHIM_AT) {
     return __uint_as_float(shim::reduce({"warp_max_of_positive", file, line}, ~0u, __float_as_uint(x), shim::Largest()));
 }
 
+inline uint32_t count_in_order(uint32_t* counter) { return __atomic_fetch_add(counter, 1u, __ATOMIC_ACQ_REL); }
+
 inline void copy_16(void* to, const void* from, SHIM_AT) { shim::copy(to, from, {"copy_16", file, line}); }
 inline void commit_copies() { shim::commit(); }
 template <int N>

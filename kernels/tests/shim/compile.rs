@@ -1,5 +1,6 @@
 //! Kernels as a library of the host: `cuda/*.cu` and the shim (`shim/`), by the machine's C++ compiler.
 
+use std::ffi::OsString;
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -20,13 +21,22 @@ pub enum Watch {
 }
 
 impl Watch {
-    /// As the environment names it: `OTT_SHIM` is `addresses` or `races`.
+    /// As `OTT_SHIM` names it.
     pub fn of_environment() -> Result<Self> {
         match std::env::var("OTT_SHIM").as_deref() {
-            Err(_) => Ok(Self::Indices),
+            Err(_) | Ok("indices") => Ok(Self::Indices),
             Ok("addresses") => Ok(Self::Addresses),
             Ok("races") => Ok(Self::Races),
-            Ok(other) => bail!("OTT_SHIM is addresses or races, not {other}"),
+            Ok(other) => bail!("OTT_SHIM is indices, addresses or races, not {other}"),
+        }
+    }
+
+    /// As [`Watch::of_environment`] reads it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Indices => "indices",
+            Self::Addresses => "addresses",
+            Self::Races => "races",
         }
     }
 
@@ -36,9 +46,19 @@ impl Watch {
             Self::Addresses => &[
                 "-fsanitize=address,undefined",
                 "-fno-sanitize-recover=all",
+                // The runtime says which thread it was.
                 "-fsanitize-recover=bounds,alignment",
             ],
             Self::Races => &["-fsanitize=thread"],
+        }
+    }
+
+    /// For the runtime. What it does for a kernel is no access of the kernel's.
+    fn runtime_flags(self) -> &'static [&'static str] {
+        match self {
+            Self::Indices => &[],
+            Self::Addresses => &["-DSHIM_ADDRESSES", "-fsanitize=address"],
+            Self::Races => &["-DSHIM_RACES"],
         }
     }
 }
@@ -55,6 +75,8 @@ pub struct Build<'a> {
     pub arch: u32,
     /// What the compiler adds.
     pub watch: Watch,
+    /// Sources that are left out.
+    pub without: &'a [&'a str],
     /// Changes to the kernels.
     pub edits: &'a [Edit<'a>],
 }
@@ -104,22 +126,22 @@ pub fn library(build: &Build<'_>) -> Result<PathBuf> {
     };
     let kernels = sources
         .iter()
-        .filter_map(|(name, _)| name.strip_suffix(".cu"));
+        .filter_map(|(name, _)| name.strip_suffix(".cu"))
+        .filter(|name| !build.without.contains(name));
     let mut objects = Vec::new();
     for name in kernels {
         compiler.wrap(name)?;
         let source = folder.join(format!("{name}.cpp"));
         objects.push((
             folder.join(format!("{name}.o")),
-            compiler.object(name, &source, build.watch),
+            compiler.object(name, &source, build.watch.flags()),
         ));
     }
     for name in ["runtime", "fibre"] {
-        // What the runtime does on a kernel's behalf is no race.
         let source = shim.join(format!("{name}.cpp"));
         objects.push((
             folder.join(format!("{name}.o")),
-            compiler.object(name, &source, Watch::Indices),
+            compiler.object(name, &source, build.watch.runtime_flags()),
         ));
     }
     run_all(objects.iter_mut().map(|(_, command)| command))?;
@@ -132,6 +154,27 @@ pub fn library(build: &Build<'_>) -> Result<PathBuf> {
     run_all([&mut link].into_iter())?;
     fs::rename(whole, &library)?;
     Ok(library)
+}
+
+/// The library of a sanitizer, which must be in a process before others.
+///
+/// # Errors
+/// If the compiler has none.
+pub fn sanitizer(watch: Watch) -> Result<PathBuf> {
+    let name = match watch {
+        Watch::Races => "libtsan.so",
+        _ => "libasan.so",
+    };
+    let output = Command::new(compiler())
+        .arg(format!("-print-file-name={name}"))
+        .output()?;
+    let path = PathBuf::from(String::from_utf8(output.stdout)?.trim());
+    ensure!(path.is_absolute(), "the C++ compiler has no {name}");
+    Ok(path)
+}
+
+fn compiler() -> OsString {
+    std::env::var_os("CXX").unwrap_or_else(|| "g++".into())
 }
 
 const FLAGS: [&str; 10] = [
@@ -158,8 +201,7 @@ struct Compiler<'a> {
 
 impl Compiler<'_> {
     fn command(&self) -> Command {
-        let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
-        let mut command = Command::new(compiler);
+        let mut command = Command::new(compiler());
         command.args(FLAGS).current_dir(self.folder);
         command.arg(format!("-D__CUDA_ARCH__={}", self.build.arch));
         command.arg("-I").arg(self.shim.join("include"));
@@ -191,17 +233,10 @@ impl Compiler<'_> {
         Ok(())
     }
 
-    fn object(&self, name: &str, source: &Path, watch: Watch) -> Command {
+    fn object(&self, name: &str, source: &Path, watch: &[&str]) -> Command {
         let mut command = self.command();
-        match (self.build.watch, watch) {
-            (Watch::Races, Watch::Indices) => command.arg("-DSHIM_RACES"),
-            (of, _) => command.args(of.flags()),
-        };
-        command
-            .arg("-c")
-            .arg(source)
-            .arg("-o")
-            .arg(format!("{name}.o"));
+        command.args(watch).arg("-c").arg(source);
+        command.arg("-o").arg(format!("{name}.o"));
         command
     }
 }

@@ -10,12 +10,15 @@ mod compile;
 #[path = "../../examples/gpu-check/conformance.rs"]
 #[allow(dead_code)]
 mod conformance;
+mod detectors;
 #[path = "../../src/device.rs"]
 #[allow(dead_code)]
 mod device;
 mod driver;
+mod kernels;
 #[path = "../../examples/gpu-check/paint.rs"]
 mod paint;
+mod teeth;
 
 use ott_kernels::{abi, plan, shape};
 
@@ -33,31 +36,4 @@ mod image {
     pub fn image(_: &str) -> Vec<u8> {
         Vec::new()
     }
-}
-
-use compile::{library, Build, Watch};
-use device::Kernels;
-use driver::CudaContext;
-
-fn agree(arch: u32, seed: u64) {
-    let build = Build {
-        folder: "cuda",
-        arch,
-        watch: Watch::of_environment().expect("a known name"),
-        edits: &[],
-    };
-    let library = library(&build).expect("compiles");
-    let context = CudaContext::on_host(&library, 2, seed).expect("loads");
-    let kernels = Kernels::new(&context.new_stream().expect("a stream")).expect("loads");
-    conformance::run(&kernels, false).expect("the kernels agree with the scalar code");
-}
-
-#[test]
-fn kernels_agree_copies_by_threads() {
-    agree(800, 1);
-}
-
-#[test]
-fn kernels_agree_copies_by_the_engine() {
-    agree(900, 2);
 }
