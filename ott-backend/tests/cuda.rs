@@ -3,7 +3,6 @@
 //! them. Pages are equal byte for byte, what is read back bit for bit, attention within a budget.
 //!
 //! Compiled with the feature `cuda`; run where a GPU is: `cargo test -p ott-backend --features cuda --test cuda -- --ignored`.
-#![cfg(feature = "cuda")]
 
 mod harness;
 #[allow(dead_code)]
