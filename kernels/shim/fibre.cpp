@@ -120,6 +120,10 @@ void Fibre::start(void (*entry)()) {
     top = prepare(stack, top, begin);
 }
 
+bool Fibre::holds(const void* address) const {
+    return address >= stack && address < static_cast<const char*>(stack) + STACK;
+}
+
 void Fibre::enter() {
 #if defined(SHIM_ADDRESSES)
     __sanitizer_start_switch_fiber(&scheduler.fake, stack, STACK);

@@ -18,6 +18,9 @@ class Fibre {
     // Back to where `enter` was called. `last`: this stack is not needed any more.
     void leave(bool last);
 
+    // Whether this is on the stack.
+    bool holds(const void* address) const;
+
    private:
     void* stack;
     void* top = nullptr;

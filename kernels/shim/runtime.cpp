@@ -2,6 +2,8 @@
 //
 // Which warp goes on, for how long, in which order its lanes do, which block is next, and when a copy arrives is drawn
 // from a seed: what depends on it is a race, and shows as a wrong answer. What waits for ever is said with its place.
+#include <signal.h>
+
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -513,12 +515,49 @@ void run_grid(uint32_t shared_len, uint64_t seed) {
 }  // namespace
 }  // namespace shim
 
+#if !defined(SHIM_ADDRESSES) && !defined(SHIM_RACES)
+// An address where nothing is: a fault of the kernel, if it is on the stack of one of its threads.
+namespace shim {
+namespace {
+
+struct sigaction before[2] SHIM_STATE;
+
+void on_fault(int signal, siginfo_t* info, void* context) {
+    const char here = 0;
+    if (current != nullptr && current->fibre.holds(&here)) fail("nothing is at address %p", info->si_addr);
+    const struct sigaction& theirs = before[signal == SIGBUS];
+    if (theirs.sa_flags & SA_SIGINFO)
+        theirs.sa_sigaction(signal, info, context);
+    else
+        sigaction(signal, &theirs, nullptr);
+}
+
+void watch_faults() {
+    struct sigaction ours = {};
+    ours.sa_sigaction = on_fault;
+    // The handler is left by a switch, so that it must not hold the next one back.
+    ours.sa_flags = SA_SIGINFO | SA_NODEFER;
+    sigaction(SIGSEGV, &ours, &before[0]);
+    sigaction(SIGBUS, &ours, &before[1]);
+}
+
+}  // namespace
+}  // namespace shim
+#else
+namespace shim {
+static void watch_faults() {}
+}  // namespace shim
+#endif
+
 // Runs `kernel` over a grid; whether nothing was wrong, and if something was, `message` says what.
 extern "C" bool shim_launch(shim::Kernel kernel, void* const* args, const uint32_t* grid, const uint32_t* block,
                             uint32_t shared_len, uint64_t seed, char* message, size_t size) {
     using namespace shim;
     const std::lock_guard<std::mutex> alone(running);
-    if (state == nullptr) state = new State();
+    if (state == nullptr) {
+        state = new State();
+        watch_faults();
+    }
     state->kernel = kernel;
     state->args = args;
     state->failed = false;

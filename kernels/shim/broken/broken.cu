@@ -93,6 +93,11 @@ BROKEN(beyond_dynamic_memory) {
 
 BROKEN(beyond_the_output) { out[threadIdx.x + 1] = in[threadIdx.x]; }
 
+BROKEN(beyond_all_memory) {
+    const uint32_t* volatile nowhere = nullptr;
+    out[threadIdx.x] = nowhere[in[threadIdx.x]];
+}
+
 BROKEN(a_crooked_vector) {
     const uint4 four = *reinterpret_cast<const uint4*>(in + 1);
     out[threadIdx.x] = four.x;

@@ -148,7 +148,7 @@ pub fn library(build: &Build<'_>) -> Result<PathBuf> {
     let whole = folder.join("kernels.so.new");
     let mut link = compiler.command();
     link.args(build.watch.flags())
-        .args(["-shared", "-Wl,-Bsymbolic", "-o"])
+        .args(["-shared", "-Wl,-Bsymbolic", "-Wl,-z,nodelete", "-o"])
         .arg(&whole);
     link.args(objects.iter().map(|(object, _)| object));
     run_all([&mut link].into_iter())?;

@@ -107,6 +107,7 @@ fn addresses_outside() {
         "beyond_the_output",
         "wrote outside of 512 bytes of the device's memory",
     );
+    says("beyond_all_memory", "nothing is at address");
     says(
         "a_crooked_vector",
         "16 bytes are read or written at an address 4 above their multiple",
