@@ -11,7 +11,8 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::abi::{Fresh, Item, Layer, Query, Row, ITEM_FIRST, WINDOW_CHUNKS};
-use crate::plan::{heads_of_block, lanes, Plan};
+use crate::image::image;
+use crate::plan::{lanes, Plan, NARROW, WIDE};
 use crate::shape::LayerShape;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
@@ -102,12 +103,6 @@ pub struct Kernels {
     multiprocessors: usize,
 }
 
-macro_rules! fatbin {
-    ($name:literal) => {
-        include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")).to_vec()
-    };
-}
-
 impl Kernels {
     /// Load the kernels into the stream's context.
     ///
@@ -126,12 +121,12 @@ impl Kernels {
                 words: Mutex::new(stream.alloc_zeros(LAYERS)?),
                 stream: Arc::clone(stream),
             }),
-            count: load(fatbin!("count"))?,
-            store: load(fatbin!("store"))?,
-            seal: load(fatbin!("seal"))?,
-            decode: load(fatbin!("decode"))?,
-            decode_mma: load(fatbin!("decode_mma"))?,
-            probe: load(fatbin!("probe"))?,
+            count: load(image("count"))?,
+            store: load(image("store"))?,
+            seal: load(image("seal"))?,
+            decode: load(image("decode"))?,
+            decode_mma: load(image("decode_mma"))?,
+            probe: load(image("probe"))?,
             multiprocessors: context.attribute(count)? as usize,
         })
     }
@@ -175,6 +170,13 @@ impl Kernels {
     }
 }
 
+/// A tensor-core kernel: its shared memory, and the query heads that a block takes.
+struct Tuned {
+    function: CudaFunction,
+    shared: u32,
+    heads: usize,
+}
+
 /// One layer's memory on the device, and its kernels.
 pub struct DeviceLayer {
     /// What never changes.
@@ -198,7 +200,8 @@ pub struct DeviceLayer {
     boost: CudaFunction,
     rotate: CudaFunction,
     clear_decode: CudaFunction,
-    tuned_decode: Option<(CudaFunction, u32)>,
+    tuned_decode: Option<Tuned>,
+    wide_decode: Option<Tuned>,
     merge: CudaFunction,
     gather: CudaFunction,
     slots: usize,
@@ -285,13 +288,17 @@ impl DeviceLayer {
             let name = format!("ott_{name}_{suffix}");
             module.load_function(&name).context(name)
         };
-        let tuned = tuned(kernels, &shape, dtype, num_heads)?;
-        let per_multiprocessor = match &tuned {
-            Some((function, shared)) => function.occupancy_max_active_blocks_per_multiprocessor(
-                THREADS,
-                *shared as usize,
-                None,
-            )?,
+        let narrow = tuned(kernels, &shape, dtype, NARROW)?;
+        let wide = match num_heads / shape.num_kv_heads > NARROW {
+            true => tuned(kernels, &shape, dtype, WIDE)?,
+            false => None,
+        };
+        let per_multiprocessor = match &narrow {
+            Some(tuned) => {
+                let function = &tuned.function;
+                let shared = tuned.shared as usize;
+                function.occupancy_max_active_blocks_per_multiprocessor(THREADS, shared, None)?
+            }
             None => 8,
         };
         Ok(Self {
@@ -308,7 +315,8 @@ impl DeviceLayer {
             boost: kernel(&kernels.seal, "boost")?,
             rotate: kernel(&kernels.store, "rotate")?,
             clear_decode: kernel(&kernels.decode, "decode")?,
-            tuned_decode: tuned,
+            tuned_decode: narrow,
+            wide_decode: wide,
             merge: kernel(&kernels.decode, "merge")?,
             gather: kernel(&kernels.decode, "gather")?,
             slots: per_multiprocessor as usize * kernels.multiprocessors,
@@ -432,17 +440,23 @@ impl DeviceLayer {
         let shape = &self.shape;
         let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
         let kv_heads = shape.num_kv_heads as u32;
-        if let (Some((function, shared)), true) = (&self.tuned_decode, tuned) {
-            let blocks = lanes(self.num_heads, shape.num_kv_heads) as u32 / kv_heads;
+        let narrow = lanes(self.num_heads, shape.num_kv_heads);
+        // As long as the device has room, heads are spread; then a page is read once for more of them.
+        let tuned_decode = match plan.num_items * narrow > self.slots {
+            true => self.wide_decode.as_ref().or(self.tuned_decode.as_ref()),
+            false => self.tuned_decode.as_ref(),
+        };
+        if let (Some(kernel), true) = (tuned_decode, tuned) {
+            let ratio = self.num_heads / shape.num_kv_heads;
             let config = LaunchConfig {
-                shared_mem_bytes: *shared,
-                ..grid(items, kv_heads, blocks)
+                shared_mem_bytes: kernel.shared,
+                ..grid(items, kv_heads, ratio.div_ceil(kernel.heads) as u32)
             };
             let query = Query {
                 arrived: plan.arrived,
                 ..query
             };
-            let mut launch = self.stream.launch_builder(function);
+            let mut launch = self.stream.launch_builder(&kernel.function);
             let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
             let args = args.arg(&plan.items).arg(&plan.of_row).arg(&query);
             // SAFETY: the arguments are the kernel's; the caller's `sums` has room for every item and head.
@@ -555,13 +569,13 @@ pub fn address<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> u64 {
     slice.device_ptr(stream).0
 }
 
-/// The tensor-core kernel and its shared memory, if it serves this layer.
+/// The tensor-core kernel for blocks of `heads` query heads, if there is one for this layer.
 fn tuned(
     kernels: &Kernels,
     shape: &LayerShape,
     dtype: Dtype,
-    num_heads: usize,
-) -> Result<Option<(CudaFunction, u32)>> {
+    heads: usize,
+) -> Result<Option<Tuned>> {
     let (dim, bits) = (shape.k_dim, (shape.k_bits, shape.v_bits));
     let served = matches!(dim, 64 | 128)
         && shape.v_dim == dim
@@ -572,7 +586,6 @@ fn tuned(
         return Ok(None);
     }
     let suffix = dtype.suffix();
-    let heads = heads_of_block(num_heads / shape.num_kv_heads);
     let name = format!(
         "ott_decode_mma_{suffix}_{dim}_{}_{}_{heads}",
         bits.0, bits.1
@@ -582,10 +595,14 @@ fn tuned(
     let shared = kernels.decode_mma.get_global(&shared, &kernels.stream)?;
     let bytes = kernels.stream.clone_dtoh(&shared)?;
     let bytes = bytes.try_into().ok().context("a u32")?;
-    let bytes = u32::from_le_bytes(bytes);
+    let shared = u32::from_le_bytes(bytes);
     let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    function.set_attribute(most, bytes as i32)?;
-    Ok(Some((function, bytes)))
+    function.set_attribute(most, shared as i32)?;
+    Ok(Some(Tuned {
+        function,
+        shared,
+        heads,
+    }))
 }
 
 fn grid(x: u32, y: u32, z: u32) -> LaunchConfig {

@@ -12,21 +12,19 @@ const WARPS: usize = 4;
 /// Tokens of the window that a block reads at once.
 const WINDOW_ITEM: usize = 16 * WARPS;
 
+/// Blocks that a multiprocessor runs at once.
+const WAVE: usize = 4;
 /// Blocks of threads that pages are cut into at most, beside one per row: several times what a device runs at once.
 const MOST_PARTS: usize = 2048;
 
-/// Query heads that a block of the tensor-core kernel takes, where a kv head has `ratio` of them.
-pub fn heads_of_block(ratio: usize) -> usize {
-    match ratio {
-        0..=4 => 4,
-        _ => 8,
-    }
-}
+/// Query heads of a block of the tensor-core kernel: the narrow one's, and the wide one's.
+pub const NARROW: usize = 4;
+/// See [`NARROW`].
+pub const WIDE: usize = 8;
 
-/// Blocks of threads per item.
+/// Blocks of threads per item, narrow ones.
 pub fn lanes(num_heads: usize, num_kv_heads: usize) -> usize {
-    let ratio = num_heads / num_kv_heads;
-    num_kv_heads * ratio.div_ceil(heads_of_block(ratio))
+    num_kv_heads * (num_heads / num_kv_heads).div_ceil(NARROW)
 }
 
 /// Items of a step of `rows` rows, at most.
@@ -137,8 +135,9 @@ fn padded<const N: usize>(numbers: &[u32]) -> [u32; N] {
 }
 
 /// Pages of an item and tokens of an item of the window, by what was measured on an H200 (docs/kernels.md), in
-/// microseconds: a round of [`WARPS`] pages takes a block 1.9 alone and 5.5 among as many as the device holds; an item
-/// costs half a round beside its pages, and 0.05 to join its row. [`WINDOW_ITEM`] tokens take 1.
+/// microseconds. A round of [`WARPS`] pages takes a block 2.1 alone on a multiprocessor, 6.3 where all four of a wave are
+/// at work, and 5.2 where blocks of several waves follow each other; an item costs half a round beside its pages, and 0.05
+/// to join its row. [`WINDOW_ITEM`] tokens take 1.
 fn item_sizes(pages: &[usize], group: usize, lanes: usize, slots: usize) -> (usize, usize) {
     let rounds = |pages: &usize| pages.div_ceil(WARPS);
     let longest = pages.iter().map(rounds).max().unwrap_or(0).max(1);
@@ -150,13 +149,16 @@ fn item_sizes(pages: &[usize], group: usize, lanes: usize, slots: usize) -> (usi
     let windows = |tokens: usize| (2 * group).div_ceil(tokens);
     let cost = |size: usize, tokens: usize| {
         let blocks = (items(size) + pages.len() * windows(tokens)) * lanes;
-        let full = blocks as f64 / slots.max(1) as f64;
+        // Blocks of the fullest multiprocessor.
+        let fullest = (WAVE * blocks).div_ceil(slots.max(1));
         let half = 0.5 * items(size) as f64;
         let window = (tokens / WINDOW_ITEM) as f64;
-        let work = match full <= 1.0 {
-            true => window.max((size as f64 + 0.5) * (0.7 + 4.8 * full).max(1.9)),
+        let work = match fullest <= WAVE {
+            true => window.max((size as f64 + 0.5) * (0.7 + 1.4 * fullest as f64)),
             // The device is full to the end, but for the last items.
-            false => 5.5 * (all as f64 + half) * lanes as f64 / slots as f64 + 1.9 * size as f64,
+            false => {
+                5.2 * (all as f64 + half) * lanes as f64 / slots.max(1) as f64 + 2.1 * size as f64
+            }
         };
         work + 0.05 * (longest.div_ceil(size) + windows(tokens)) as f64
     };
