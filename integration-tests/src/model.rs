@@ -38,6 +38,9 @@ pub fn smollm2() -> Result<PathBuf> {
 /// `path` if the host multiplies its weights fast, or else a copy beside it with 8-bit weights: the
 /// host has no SIMD for Q4_1 and Q5 on the CPU. Made once.
 pub fn fast(path: &Path) -> Result<PathBuf> {
+    if path.is_dir() {
+        return Ok(path.to_owned());
+    }
     let mut reader = BufReader::new(File::open(path).with_context(|| {
         format!(
             "{} is missing: `cargo verify` and `cargo demo` fetch it",
@@ -58,7 +61,12 @@ pub fn fast(path: &Path) -> Result<PathBuf> {
 
 /// A copy of `path` beside it whose weights are f32, made once. With quantized weights the host rounds activations
 /// to 8 bits before each matmul, which moves answers as much as a 4-bit cache does.
+///
+/// A folder of safetensors stays as it is.
 pub fn exact(path: &Path) -> Result<PathBuf> {
+    if path.is_dir() {
+        return Ok(path.to_owned());
+    }
     converted(path, GgmlDType::F32)
 }
 
@@ -139,8 +147,11 @@ fn convert(
     Ok(writer.flush()?)
 }
 
-/// The cache's shape, from the file's metadata.
+/// The cache's shape, from the file's metadata or the folder's configuration.
 pub fn shape(path: &Path) -> Result<ModelShape> {
+    if path.is_dir() {
+        return folder_shape(path);
+    }
     let content = Content::read(&mut BufReader::new(File::open(path)?))?;
     let Some(Value::String(arch)) = content.metadata.get("general.architecture") else {
         bail!("{} names no architecture", path.display());
@@ -161,6 +172,23 @@ pub fn shape(path: &Path) -> Result<ModelShape> {
         num_kv_heads: number("attention.head_count_kv").unwrap_or(heads),
         k_dim: dim("attention.key_length")?,
         v_dim: dim("attention.value_length")?,
+    })
+}
+
+fn folder_shape(path: &Path) -> Result<ModelShape> {
+    let config = std::fs::read_to_string(path.join("config.json"))?;
+    let config: serde_json::Value = serde_json::from_str(&config)?;
+    let number = |key: &str| -> Result<usize> {
+        let value = config[key].as_u64();
+        Ok(value.with_context(|| format!("no `{key}` in config.json"))? as usize)
+    };
+    let heads = number("num_attention_heads")?;
+    let dim = number("head_dim").or_else(|_| anyhow::Ok(number("hidden_size")? / heads.max(1)))?;
+    Ok(ModelShape {
+        layers: number("num_hidden_layers")?,
+        num_kv_heads: number("num_key_value_heads").unwrap_or(heads),
+        k_dim: dim,
+        v_dim: dim,
     })
 }
 

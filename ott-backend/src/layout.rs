@@ -32,7 +32,8 @@ pub const STOPPED: u8 = u8::MAX;
 /// A place of `slots` that holds no traced token.
 pub const NO_SLOT: u8 = u8::MAX;
 
-const MAX_DIM: usize = 1024;
+/// Most channels of a head.
+pub const MAX_DIM: usize = 1024;
 
 /// Shape of the pages of one layer, with the place of each section inside the part of a head.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,9 +70,9 @@ pub struct PageLayout {
     pub slots: Range<usize>,
     /// Offset of the number of tokens displaced from the pool up to this page, or [`STOPPED`].
     pub extra: usize,
-    /// M: key channels with a third bit.
+    /// M: key channels with one more bit.
     pub boosted: usize,
-    /// Their third bits, packed along tokens like the high bits of 3-bit codes.
+    /// Their high bits, packed along tokens like the high bits of 3-bit codes.
     pub k_high: Range<usize>,
     /// Which they are, ascending, one u16 each.
     pub k_boosted: Range<usize>,

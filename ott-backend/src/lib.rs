@@ -14,6 +14,7 @@
 //! An application calls [`register`] once, before it reads its command line.
 
 pub mod attention;
+#[cfg(feature = "seam")]
 pub mod backend;
 pub mod cache;
 pub mod config;
@@ -26,6 +27,7 @@ pub mod quantize;
 pub mod report;
 pub mod rotate;
 
+#[cfg(feature = "seam")]
 pub use backend::{provider, register, OttBackend, OttProvider};
 pub use cache::{Cache, Element, LayerStats};
 pub use config::{Clip, OttConfig, Rotation};

@@ -27,16 +27,11 @@ pub fn pack(codes: &[u8], bits: u8, out: &mut [u8]) {
     }
 }
 
-/// Pack the high bits of 3-bit codes, as they lie behind the low ones; `out` has `n/8` bytes.
-pub fn pack_high(codes: &[u8], out: &mut [u8]) {
+/// Pack bit `bit` of codes, as the high bits of 3-bit codes lie behind the low ones; `out` has `n/8`
+/// bytes.
+pub fn pack_bits(codes: &[u8], bit: u8, out: &mut [u8]) {
     debug_assert!(out.len() == packed_len(codes.len(), 1));
-    planes(codes, 1, 2, out);
-}
-
-/// Unpack bits as f32, 0 or 1.
-pub fn unpack_bits(bytes: &[u8], out: &mut [f32]) {
-    debug_assert!(bytes.len() == packed_len(out.len(), 1));
-    each_plane::<1, f32>(bytes, out, f32::from);
+    planes(codes, 1, bit, out);
 }
 
 /// Pack `bits` of each code, those from bit `from` on.
@@ -72,12 +67,13 @@ pub fn unpack(bytes: &[u8], bits: u8, codes: &mut [u8]) {
     }
 }
 
-/// Unpack codes as f32: what attention multiplies with.
+/// Unpack codes, or single bits, as f32: what attention multiplies with.
 #[inline(always)]
 pub fn unpack_f32(bytes: &[u8], bits: u8, codes: &mut [f32]) {
     debug_assert!(codes.len().is_multiple_of(8) && bytes.len() == packed_len(codes.len(), bits));
     let n = codes.len();
     match bits {
+        1 => each_plane::<1, f32>(bytes, codes, f32::from),
         2 => each_plane::<2, f32>(bytes, codes, f32::from),
         3 => {
             let (low, high) = bytes.split_at(n / 4);

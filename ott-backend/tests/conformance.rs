@@ -5,9 +5,9 @@
 
 mod reference;
 
-use half::f16;
-use ott_backend::cpu::{Keys, Values};
-use ott_backend::pack::{pack, packed_len, unpack, unpack_f32};
+use half::{bf16, f16};
+use ott_backend::cpu::{Full, Keys, Values};
+use ott_backend::pack::{pack, pack_bits, packed_len, unpack, unpack_f32};
 use ott_backend::{Clip, CpuOps};
 use reference::Range;
 
@@ -50,7 +50,7 @@ impl Budget {
             largest = largest.max(factor.abs());
             distance += (f64::from(code) - middle).abs();
         }
-        self.steps = f64::from(ops.factor_step) / 2.0 * largest * distance;
+        self.steps += f64::from(ops.factor_step) / 2.0 * largest * distance;
         self
     }
 
@@ -242,6 +242,34 @@ fn magnitudes() {
     });
 }
 
+/// One more bit for some channels: none, few, or half of them, by `seed`.
+struct High {
+    channels: Vec<usize>,
+    boosted: Vec<u8>,
+    /// 0 or 1, `(M, tokens)`.
+    bits: Vec<u8>,
+    packed: Vec<u8>,
+}
+
+fn high_bits(seed: usize, k_dim: usize, tokens: usize, bits: u8) -> High {
+    let share = if bits == 8 { 0 } else { seed % 4 };
+    let count = [0, k_dim * 12 / 64, k_dim / 2, 1][share];
+    let channels: Vec<usize> = (0..count).map(|i| i * k_dim / count).collect();
+    let bits = paint_codes(seed, count * tokens, 1);
+    let mut packed = vec![0; packed_len(bits.len(), 1)];
+    let planes = packed.chunks_exact_mut(packed_len(tokens, 1));
+    for (codes, out) in bits.chunks_exact(tokens).zip(planes) {
+        pack_bits(codes, 0, out);
+    }
+    let boosted = channels.iter().flat_map(|c| (*c as u16).to_le_bytes());
+    High {
+        boosted: boosted.collect(),
+        channels,
+        bits,
+        packed,
+    }
+}
+
 #[test]
 fn scores_of_sealed_keys() {
     for_each_table(|ops| {
@@ -255,27 +283,35 @@ fn scores_of_sealed_keys() {
                 }
                 let (scale, scale_bytes) = paint_f16(3, k_dim);
                 let (min, min_bytes) = paint_f16(5, k_dim);
+                let boosted = high_bits(tokens + n, k_dim, tokens, bits);
                 let keys = Keys {
                     bits,
                     tokens,
                     codes: &packed,
                     scale: &scale_bytes,
                     min: &min_bytes,
+                    boosted: &boosted.boosted,
+                    high: &boosted.packed,
                 };
                 let q = paint(7, n * k_dim);
                 let mut scores = vec![f32::NAN; n * tokens];
                 (ops.key_scores)(&keys, &q, k_dim, &mut scores);
                 for (i, t) in (0..n).flat_map(|i| (0..tokens).map(move |t| (i, t))) {
                     let what = format!("{}: {bits} bits, query {i}, key {t}", ops.name);
+                    let factor = |c: usize| f64::from(q[i * k_dim + c]) * scale[c];
+                    let value = f64::from(1u32 << bits);
+                    let worth = |m: usize| value * factor(boosted.channels[m]);
+                    let high = |m: usize| boosted.bits[m * tokens + t];
                     let terms = (0..k_dim).flat_map(|c| {
-                        let q = f64::from(q[i * k_dim + c]);
-                        [q * scale[c] * f64::from(codes[c * tokens + t]), q * min[c]]
+                        let base = f64::from(q[i * k_dim + c]) * min[c];
+                        [factor(c) * f64::from(codes[c * tokens + t]), base]
                     });
-                    let rows = (0..k_dim).map(|c| {
-                        let factor = f64::from(q[i * k_dim + c]) * scale[c];
-                        (factor, codes[c * tokens + t])
-                    });
-                    let budget = Budget::of(terms).with_steps(ops, bits, rows);
+                    let beside = (0..boosted.channels.len()).map(|m| worth(m) * f64::from(high(m)));
+                    let rows = (0..k_dim).map(|c| (factor(c), codes[c * tokens + t]));
+                    let high = (0..boosted.channels.len()).map(|m| (worth(m), high(m)));
+                    let budget = Budget::of(terms.chain(beside))
+                        .with_steps(ops, bits, rows)
+                        .with_steps(ops, 1, high);
                     budget.check(scores[i * tokens + t], &what);
                 }
             }
@@ -331,32 +367,48 @@ fn sums_of_sealed_values() {
     });
 }
 
+/// `exact` are the numbers `kv (tokens, dim)` in f64.
+fn check_full(ops: &CpuOps, kv: Full<'_>, exact: &[f64], dim: usize, n: usize) {
+    let tokens = exact.len() / dim;
+    let (stride, q) = (tokens + 5, paint(29, n * dim));
+    let mut scores = vec![0.5; n * stride];
+    (ops.full_scores)(kv, &q, dim, &mut scores, stride);
+    let p = paint(31, n * stride);
+    let start = paint(37, n * dim);
+    let mut out = start.clone();
+    (ops.full_sum)(kv, &p, stride, dim, &mut out);
+    for i in 0..n {
+        for t in 0..tokens {
+            assert_eq!(
+                scores[i * stride + tokens],
+                0.5,
+                "written beyond the tokens"
+            );
+            let terms = (0..dim).map(|c| f64::from(q[i * dim + c]) * exact[t * dim + c]);
+            Budget::of(terms).check(scores[i * stride + t], "score");
+        }
+        for c in 0..dim {
+            let terms = (0..tokens).map(|t| f64::from(p[i * stride + t]) * exact[t * dim + c]);
+            let all = terms.chain([f64::from(start[i * dim + c])]);
+            Budget::of(all).check(out[i * dim + c], "sum");
+        }
+    }
+}
+
 #[test]
 fn full_precision_scores_and_sums() {
     for_each_table(|ops| {
         for (dim, n) in DIMS.into_iter().flat_map(|d| QUERIES.map(|n| (d, n))) {
             for tokens in [1, 2, 31, 35, 159] {
-                let stride = tokens + 5;
-                let (kv, q) = (paint(23, tokens * dim), paint(29, n * dim));
-                let mut scores = vec![0.5; n * stride];
-                (ops.full_scores)(&kv, &q, dim, &mut scores, stride);
-                let p = paint(31, n * stride);
-                let start = paint(37, n * dim);
-                let mut out = start.clone();
-                (ops.full_sum)(&kv, &p, stride, dim, &mut out);
-                for i in 0..n {
-                    let f = |x: &[f32], j: usize| f64::from(x[j]);
-                    for t in 0..tokens {
-                        let terms = (0..dim).map(|c| f(&q, i * dim + c) * f(&kv, t * dim + c));
-                        Budget::of(terms).check(scores[i * stride + t], "score");
-                    }
-                    for c in 0..dim {
-                        let terms =
-                            (0..tokens).map(|t| f(&p, i * stride + t) * f(&kv, t * dim + c));
-                        let all = terms.chain([f(&start, i * dim + c)]);
-                        Budget::of(all).check(out[i * dim + c], "sum");
-                    }
-                }
+                let kv = paint(23, tokens * dim);
+                let f16s: Vec<f16> = kv.iter().map(|x| f16::from_f32(*x)).collect();
+                let bf16s: Vec<bf16> = kv.iter().map(|x| bf16::from_f32(*x)).collect();
+                let exact: Vec<f64> = kv.iter().map(|x| f64::from(*x)).collect();
+                check_full(ops, Full::F32(&kv), &exact, dim, n);
+                let exact: Vec<f64> = f16s.iter().map(|x| x.to_f64()).collect();
+                check_full(ops, Full::F16(&f16s), &exact, dim, n);
+                let exact: Vec<f64> = bf16s.iter().map(|x| x.to_f64()).collect();
+                check_full(ops, Full::Bf16(&bf16s), &exact, dim, n);
             }
         }
     });

@@ -1,6 +1,7 @@
 //! The project's one task tool. It materialises the patched host, turns edits in it back into patches, checks
 //! that the two agree, and runs what a newcomer runs: `cargo setup`, `cargo demo`, `cargo verify`.
 
+mod arm;
 mod check;
 mod doctor;
 mod freshness;

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use crate::arm;
 use crate::check::check;
 use crate::freshness;
 use crate::models;
@@ -53,6 +54,7 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
             cargo_root(project, &["test", "--workspace", "--locked"])?,
         )
     })?;
+    steps.step("inner loops for Arm", || arm::check(project))?;
     if !fast {
         steps.step("build of the patched host", || {
             freshness::restore(project)?;

@@ -2,7 +2,7 @@
 
 use crate::cpu::{Keys, Values};
 use crate::layout::{f16_at, u16_at, PageLayout};
-use crate::pack::{packed_len, unpack_bits, unpack_f32};
+use crate::pack::{packed_len, unpack_f32};
 
 /// One head's part of a sealed page.
 #[derive(Clone, Copy, Debug)]
@@ -22,37 +22,25 @@ impl<'a> PageHead<'a> {
             codes: &self.bytes[self.layout.k_codes.clone()],
             scale: &self.bytes[self.layout.k_scale.clone()],
             min: &self.bytes[self.layout.k_min.clone()],
+            boosted: &self.bytes[self.layout.k_boosted.clone()],
+            high: &self.bytes[self.layout.k_high.clone()],
         }
     }
 
-    /// Key channels with a third bit: each channel, what the bit is worth, and the bits.
+    /// Key channels with one more bit: each channel, what the bit is worth, and the bits.
     fn high_bits(&self) -> impl Iterator<Item = (usize, f32, &'a [u8])> + 'a {
         let (layout, bytes) = (self.layout, self.bytes);
         let size = packed_len(layout.group_size, 1);
+        // Boosted codes have 5 bits at most.
+        let worth = f32::from(1u8 << layout.k_bits.min(4));
         let planes = bytes[layout.k_high.clone()].chunks_exact(size);
         planes.enumerate().filter_map(move |(i, plane)| {
             let c = usize::from(u16_at(&bytes[layout.k_boosted.clone()], i));
             // What no seal has written names any channel.
             let c = Some(c).filter(|c| *c < layout.k_dim)?;
             let scale = f16_at(&bytes[layout.k_scale.clone()], c).to_f32();
-            Some((c, 4.0 * scale, plane))
+            Some((c, worth * scale, plane))
         })
-    }
-
-    /// Add to the scores of queries `q (n, k_dim)` what third bits are worth: `scores (n, G)`,
-    /// `bits (G)` is overwritten.
-    pub fn add_high_scores(&self, q: &[f32], scores: &mut [f32], bits: &mut [f32]) {
-        let bits = &mut bits[..self.layout.group_size];
-        for (c, worth, plane) in self.high_bits() {
-            unpack_bits(plane, bits);
-            let queries = q.chunks_exact(self.layout.k_dim);
-            for (q, scores) in queries.zip(scores.chunks_exact_mut(bits.len())) {
-                let factor = q[c] * worth;
-                for (score, bit) in scores.iter_mut().zip(&*bits) {
-                    *score += factor * bit;
-                }
-            }
-        }
     }
 
     /// Quantized values.
@@ -90,7 +78,7 @@ impl<'a> PageHead<'a> {
         }
         let mut bits = vec![0f32; keys.tokens];
         for (c, worth, plane) in self.high_bits() {
-            unpack_bits(plane, &mut bits);
+            unpack_f32(plane, 1, &mut bits);
             let channel = &mut out[c * stride..][..keys.tokens];
             channel
                 .iter_mut()

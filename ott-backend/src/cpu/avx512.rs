@@ -1,10 +1,5 @@
-//! AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): sums over codes in integers.
-//!
-//! A row's factor, `x * scale`, becomes a 16-bit fixed-point number whose step is the largest factor
-//! of the strip over [`LIMIT`]: two signed bytes. One instruction multiplies 64 codes by bytes and
-//! adds up four rows, without rounding. So a sum errs by half a step times its codes' distances from
-//! the middle code (what rounding changes in the middle is put back), beside the roundings of f32.
-//! Codes themselves are off by up to half of a whole factor.
+//! AVX-512 with VNNI and VBMI (Ice Lake, Zen 4 and later): sums over codes in integers, see
+//! [`fixed`](super::fixed).
 
 // Loops of a constant length over several arrays in step become registers.
 #![allow(clippy::needless_range_loop)]
@@ -12,8 +7,9 @@
 use std::arch::x86_64::*;
 
 use super::compiled::compiled_for;
+use super::fixed::{Fixed, LIMIT};
 use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, ROWS};
-use super::{avx2, scalar, CpuOps, Keys, Values};
+use super::{avx2, scalar, CpuOps, Full, Keys, Values};
 use crate::config::Clip;
 use crate::quantize::{quantize_group as quantize, Affine};
 
@@ -46,16 +42,14 @@ compiled_for! {"avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi":
     fn quantize_group(x: &[f32], weight: &[f32], bits: u8, clip: Clip, codes: &mut [u8]) -> Option<Affine> = quantize;
     fn key_scores(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) = keys_kernel;
     fn value_sum(values: &Values<'_>, p: &[f32], out: &mut [f32]) = values_kernel;
-    fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = avx2::full_scores_kernel;
-    fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = avx2::full_sum_kernel;
+    fn full_scores(keys: Full<'_>, q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = avx2::full_scores_kernel;
+    fn full_sum(values: Full<'_>, p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = avx2::full_sum_kernel;
     fn max(x: &[f32]) -> f32 = avx2::max_kernel;
     fn exp_sum(x: &mut [f32], max: f32) -> f32 = avx2::exp_sum_kernel;
 }
 
 /// Queries that share unpacked codes: 8 sums each of the 32 registers.
 const QUERIES: usize = 3;
-/// The largest factor in steps; 127 * 256 + 127 fits two signed bytes.
-const LIMIT: f32 = 32600.0;
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn keys_kernel(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) {
@@ -70,36 +64,26 @@ fn values_kernel(values: &Values<'_>, p: &[f32], out: &mut [f32]) {
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
 fn add(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
     match strip.bits {
-        2 => add_planes::<4>(strip, x, out),
-        4 => add_planes::<2>(strip, x, out),
+        1 => add_planes::<8, 4>(strip, x, out),
+        2 => add_planes::<4, 4>(strip, x, out),
+        4 => add_planes::<2, 2>(strip, x, out),
         _ => scalar::add_strip(strip, x, out),
     }
 }
 
-/// One query's factors over a strip.
-#[derive(Clone, Copy)]
-struct Fixed {
-    /// Factor `r` is `(high[r] * 256 + low[r]) * step`, bytes signed.
-    low: [u8; ROWS],
-    high: [u8; ROWS],
-    step: f32,
-    /// What is the same for all columns.
-    base: f32,
-}
-
-/// `PLANES` codes in a byte.
+/// `PLANES` codes in a byte, `W` of them added up at a time.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-fn add_planes<const PLANES: usize>(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
+fn add_planes<const PLANES: usize, const W: usize>(
+    strip: &Strip<'_>,
+    x: Numbers<'_>,
+    out: &mut Sums<'_>,
+) {
     let (mut scale, mut min) = ([0f32; ROWS], [0f32; ROWS]);
-    widen(strip.scale, &mut scale[..strip.rows]);
-    widen(strip.min, &mut min[..strip.rows]);
+    let eights = strip.rows.next_multiple_of(8);
+    widen(strip.scale, &mut scale[..eights]);
+    widen(strip.min, &mut min[..eights]);
     let middle = ((1 << (8 / PLANES)) - 1) as f32 / 2.0;
-    let mut fixed = [Fixed {
-        low: [0; ROWS],
-        high: [0; ROWS],
-        step: 0.0,
-        base: 0.0,
-    }; QUERIES];
+    let mut fixed = [Fixed::ZERO; QUERIES];
     let mut n = 0;
     while n < x.len() {
         // As even as possible: 4 queries are 2 and 2.
@@ -109,9 +93,9 @@ fn add_planes<const PLANES: usize>(strip: &Strip<'_>, x: Numbers<'_>, out: &mut 
             fold(x.of(n + i, strip), &scale, &min, middle, fixed);
         }
         match count {
-            1 => dots::<PLANES, 1>(strip, &fixed, n, out),
-            2 => dots::<PLANES, 2>(strip, &fixed, n, out),
-            _ => dots::<PLANES, 3>(strip, &fixed, n, out),
+            1 => dots::<PLANES, W, 1>(strip, &fixed, n, out),
+            2 => dots::<PLANES, W, 2>(strip, &fixed, n, out),
+            _ => dots::<PLANES, W, 3>(strip, &fixed, n, out),
         }
         n += count;
     }
@@ -149,7 +133,7 @@ fn fold(x: &[f32], scale: &[f32; ROWS], min: &[f32; ROWS], middle: f32, fixed: &
 
 /// All columns, for queries `n..n + N`.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-fn dots<const PLANES: usize, const N: usize>(
+fn dots<const PLANES: usize, const W: usize, const N: usize>(
     strip: &Strip<'_>,
     fixed: &[Fixed; QUERIES],
     n: usize,
@@ -159,14 +143,16 @@ fn dots<const PLANES: usize, const N: usize>(
     let Strip { codes, stride, .. } = *strip;
     for at in (0..width).step_by(16) {
         let len = 16.min(width - at);
-        if stride == 16 && len == 16 {
+        // Fewer rows than the last four are not there to be loaded together.
+        let whole = len == 16 && strip.rows.is_multiple_of(4);
+        if stride == 16 && whole {
             let index = column_bytes(16, 0);
             let four = |r: usize| match codes[r * 16..].first_chunk::<64>() {
                 Some(bytes) => _mm512_permutexvar_epi8(index, load_bytes(bytes)),
                 None => _mm512_setzero_si512(),
             };
-            dot::<PLANES, N>(strip, (at, len), four, fixed, n, out);
-        } else if stride == 32 && len == 16 {
+            dot::<PLANES, W, N>(strip, (at, len), four, fixed, n, out);
+        } else if stride == 32 && whole {
             let index = column_bytes(32, at);
             let four = |r: usize| match codes[r * 32..].first_chunk::<128>() {
                 Some(bytes) => {
@@ -175,18 +161,21 @@ fn dots<const PLANES: usize, const N: usize>(
                 }
                 None => _mm512_setzero_si512(),
             };
-            dot::<PLANES, N>(strip, (at, len), four, fixed, n, out);
+            dot::<PLANES, W, N>(strip, (at, len), four, fixed, n, out);
         } else {
             let index = column_bytes(16, 0);
             let four = |r: usize| {
-                let row = |r: usize| load_some(&codes[r * stride + at..][..len]);
+                let row = |r: usize| match r < strip.rows {
+                    true => load_some(&codes[r * stride + at..][..len]),
+                    false => _mm_setzero_si128(),
+                };
                 let x = _mm512_castsi128_si512(row(r));
                 let x = _mm512_inserti32x4::<1>(x, row(r + 1));
                 let x = _mm512_inserti32x4::<2>(x, row(r + 2));
                 let x = _mm512_inserti32x4::<3>(x, row(r + 3));
                 _mm512_permutexvar_epi8(index, x)
             };
-            dot::<PLANES, N>(strip, (at, len), four, fixed, n, out);
+            dot::<PLANES, W, N>(strip, (at, len), four, fixed, n, out);
         }
     }
 }
@@ -203,7 +192,7 @@ fn column_bytes(stride: usize, at: usize) -> __m512i {
 
 /// Byte columns `at..at + len`, 16 at most; `four(r)` is rows `r..r + 4` of them, column by column.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-fn dot<const PLANES: usize, const N: usize>(
+fn dot<const PLANES: usize, const W: usize, const N: usize>(
     strip: &Strip<'_>,
     (at, len): (usize, usize),
     four: impl Fn(usize) -> __m512i,
@@ -212,35 +201,38 @@ fn dot<const PLANES: usize, const N: usize>(
     out: &mut Sums<'_>,
 ) {
     let bits = 8 / PLANES;
-    let mut low = [[_mm512_setzero_si512(); PLANES]; N];
-    let mut high = [[_mm512_setzero_si512(); PLANES]; N];
-    for block in 0..strip.rows / 4 {
-        let bytes = four(block * 4);
-        for p in 0..PLANES {
-            // A code stays where it lies in the byte: its sums come out 2^(bits p) times as large.
-            let mask = _mm512_set1_epi8((((1u16 << bits) - 1) << (bits * p)) as i8);
-            let codes = _mm512_and_si512(bytes, mask);
-            for i in 0..N {
-                let factors = fixed[i].low.as_chunks::<4>().0[block];
-                let factors = _mm512_set1_epi32(i32::from_le_bytes(factors));
-                low[i][p] = _mm512_dpbusd_epi32(low[i][p], codes, factors);
-                let factors = fixed[i].high.as_chunks::<4>().0[block];
-                let factors = _mm512_set1_epi32(i32::from_le_bytes(factors));
-                high[i][p] = _mm512_dpbusd_epi32(high[i][p], codes, factors);
+    let width = strip.columns / PLANES;
+    for from in (0..PLANES).step_by(W) {
+        let mut low = [[_mm512_setzero_si512(); W]; N];
+        let mut high = [[_mm512_setzero_si512(); W]; N];
+        for block in 0..strip.rows.div_ceil(4) {
+            let bytes = four(block * 4);
+            for p in 0..W {
+                // A code stays where it lies in the byte: its sums come out 2^place times as large.
+                let place = bits * (from + p);
+                let mask = _mm512_set1_epi8((((1u16 << bits) - 1) << place) as i8);
+                let codes = _mm512_and_si512(bytes, mask);
+                for i in 0..N {
+                    let factors = fixed[i].low.as_chunks::<4>().0[block];
+                    let factors = _mm512_set1_epi32(i32::from_le_bytes(factors));
+                    low[i][p] = _mm512_dpbusd_epi32(low[i][p], codes, factors);
+                    let factors = fixed[i].high.as_chunks::<4>().0[block];
+                    let factors = _mm512_set1_epi32(i32::from_le_bytes(factors));
+                    high[i][p] = _mm512_dpbusd_epi32(high[i][p], codes, factors);
+                }
             }
         }
-    }
-    let width = strip.columns / PLANES;
-    for i in 0..N {
-        let base = _mm512_set1_ps(fixed[i].base);
-        let out = out.of(n + i, strip);
-        for p in 0..PLANES {
-            let step = fixed[i].step / (1u32 << (bits * p)) as f32;
-            let low = _mm512_cvtepi32_ps(low[i][p]);
-            let high = _mm512_cvtepi32_ps(high[i][p]);
-            let sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0), low);
-            let sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(step), base);
-            add_to(&mut out[p * width + at..][..len], sum);
+        for i in 0..N {
+            let base = _mm512_set1_ps(fixed[i].base);
+            let out = out.of(n + i, strip);
+            for p in 0..W {
+                let step = fixed[i].step / (1u32 << (bits * (from + p))) as f32;
+                let low = _mm512_cvtepi32_ps(low[i][p]);
+                let high = _mm512_cvtepi32_ps(high[i][p]);
+                let sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0), low);
+                let sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(step), base);
+                add_to(&mut out[(from + p) * width + at..][..len], sum);
+            }
         }
     }
 }

@@ -4,6 +4,7 @@
 //! and attention sums within a named budget. This room knows slices only.
 
 mod compiled;
+mod full;
 pub mod scalar;
 mod strip;
 
@@ -11,13 +12,23 @@ mod strip;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod fixed;
 #[cfg_attr(target_arch = "x86_64", path = "native/x86_64.rs")]
-#[cfg_attr(not(target_arch = "x86_64"), path = "native/none.rs")]
+#[cfg_attr(target_arch = "aarch64", path = "native/aarch64.rs")]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    path = "native/none.rs"
+)]
 mod native;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use crate::config::Clip;
 use crate::error::{Error, Result};
 use crate::quantize::Affine;
+
+pub use full::Full;
 
 /// Quantized keys of one head in one page.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +43,11 @@ pub struct Keys<'a> {
     pub scale: &'a [u8],
     /// `(k_dim)` f16, little-endian.
     pub min: &'a [u8],
+    /// `(M)` u16, little-endian: channels whose codes have one more bit, worth 2^bits. Others than
+    /// `0..k_dim` count nothing.
+    pub boosted: &'a [u8],
+    /// `(M, tokens)`: these bits, packed along tokens.
+    pub high: &'a [u8],
 }
 
 /// Quantized values of one head in one page.
@@ -72,9 +88,9 @@ pub struct CpuOps {
     pub value_sum: fn(values: &Values<'_>, p: &[f32], out: &mut [f32]),
     /// Scores of queries `q (n, dim)` over full-precision keys `(tokens, dim)`: `scores (n, stride)`,
     /// the first `tokens` of each row overwritten.
-    pub full_scores: fn(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize),
+    pub full_scores: fn(keys: Full<'_>, q: &[f32], dim: usize, scores: &mut [f32], stride: usize),
     /// Add weighted full-precision values `(tokens, dim)`: weights `p (n, stride)`, `out (n, dim)`.
-    pub full_sum: fn(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]),
+    pub full_sum: fn(values: Full<'_>, p: &[f32], stride: usize, dim: usize, out: &mut [f32]),
     /// Bytes that will be read soon: the processor may fetch them meanwhile.
     pub prefetch: fn(bytes: &[u8]),
     /// The largest of some numbers; `-inf` of none.

@@ -5,7 +5,7 @@
 //! an instruction set needs one kernel for both.
 
 use super::{Keys, Values};
-use crate::layout::V_GROUP;
+use crate::layout::{u16_at, V_GROUP};
 use crate::pack::packed_len;
 
 /// Most rows of a strip.
@@ -16,13 +16,13 @@ pub const COLUMNS: usize = 128;
 /// Rows of codes that share their columns.
 #[derive(Clone, Copy, Debug)]
 pub struct Strip<'a> {
-    /// Bits per code.
+    /// Bits per code; 1 for high bits of boosted keys.
     pub bits: u8,
     /// From the first row's first byte on.
     pub codes: &'a [u8],
     /// Bytes from a row to the next.
     pub stride: usize,
-    /// Up to [`ROWS`]; a multiple of 8.
+    /// Up to [`ROWS`]; a multiple of 8, but for high bits, whose `scale` and `min` go on to one.
     pub rows: usize,
     /// Codes of a row, packed by themselves; up to [`COLUMNS`] and a multiple of 8.
     pub columns: usize,
@@ -105,6 +105,62 @@ pub fn sum_keys(
         };
         add(&strip, x, &mut sums);
     }
+    for start in (0..keys.boosted.len() / 2).step_by(HIGH_ROWS) {
+        for first in (0..x.len()).step_by(HIGH_QUERIES) {
+            sum_high(keys, x, (start, first), &mut sums, &add);
+        }
+    }
+}
+
+/// Most rows and queries of a strip of high bits.
+const HIGH_ROWS: usize = 32;
+const HIGH_QUERIES: usize = 8;
+
+/// High bits are a strip too: channels from the `start`-th boosted one on, for queries from `first`
+/// on. Their scales and the queries' numbers, times what the bit is worth, are gathered.
+#[inline(always)]
+fn sum_high(
+    keys: &Keys<'_>,
+    q: Numbers<'_>,
+    (start, first): (usize, usize),
+    sums: &mut Sums<'_>,
+    add: &impl Fn(&Strip<'_>, Numbers<'_>, &mut Sums<'_>),
+) {
+    let rows = HIGH_ROWS.min(keys.boosted.len() / 2 - start);
+    let queries = HIGH_QUERIES.min(q.len() - first);
+    let worth = f32::from(1u16 << keys.bits);
+    let mut x = [0f32; HIGH_ROWS * HIGH_QUERIES];
+    let mut scale = [0u8; 2 * HIGH_ROWS];
+    for r in 0..rows {
+        let c = usize::from(u16_at(keys.boosted, start + r));
+        if c < q.stride {
+            scale[2 * r..2 * r + 2].copy_from_slice(&keys.scale[2 * c..2 * c + 2]);
+            for n in 0..queries {
+                x[n * rows + r] = worth * q.x[(first + n) * q.stride + c];
+            }
+        }
+    }
+    let stride = packed_len(keys.tokens, 1);
+    let strip = Strip {
+        bits: 1,
+        codes: &keys.high[start * stride..],
+        stride,
+        rows,
+        columns: keys.tokens,
+        scale: &scale,
+        min: &[0; 2 * HIGH_ROWS],
+        x_start: 0,
+        out_start: 0,
+    };
+    let x = Numbers {
+        x: &x[..queries * rows],
+        stride: rows,
+    };
+    let mut sums = Sums {
+        out: &mut sums.out[first * keys.tokens..],
+        stride: keys.tokens,
+    };
+    add(&strip, x, &mut sums);
 }
 
 /// [`value_sum`](super::CpuOps::value_sum) from a kernel that adds strips: rows are tokens, and each
