@@ -191,7 +191,7 @@ fn check_model(source: &KvModelSource<'_>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 512 }))]
 
     #[test]
     fn options_are_taken_or_refused_with_what_is_valid(options in options()) {
