@@ -263,12 +263,14 @@ fn read(folder: &Path) -> Result<Vec<(String, String)>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        if path.is_file() {
-            let name = path
-                .file_name()
-                .context("a name")?
-                .to_string_lossy()
-                .into_owned();
+        let (Some(name), Some(kind)) = (path.file_name(), path.extension()) else {
+            continue;
+        };
+        if ["cu", "cuh", "h", "cpp"]
+            .iter()
+            .any(|source| kind == *source)
+        {
+            let name = name.to_string_lossy().into_owned();
             files.push((name, fs::read_to_string(&path)?));
         }
     }
