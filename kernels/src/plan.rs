@@ -149,12 +149,12 @@ fn item_sizes(pages: &[usize], group: usize, lanes: usize, slots: usize) -> (usi
     let windows = |tokens: usize| (2 * group).div_ceil(tokens);
     let cost = |size: usize, tokens: usize| {
         let blocks = (items(size) + pages.len() * windows(tokens)) * lanes;
-        // Blocks of the fullest multiprocessor.
-        let fullest = (WAVE * blocks).div_ceil(slots.max(1));
+        // Blocks of a multiprocessor.
+        let each = (WAVE * blocks) as f64 / slots.max(1) as f64;
         let half = 0.5 * items(size) as f64;
         let window = (tokens / WINDOW_ITEM) as f64;
-        let work = match fullest <= WAVE {
-            true => window.max((size as f64 + 0.5) * (0.7 + 1.4 * fullest as f64)),
+        let work = match each <= WAVE as f64 {
+            true => window.max((size as f64 + 0.5) * (0.7 + 1.4 * each).max(2.1)),
             // The device is full to the end, but for the last items.
             false => {
                 5.2 * (all as f64 + half) * lanes as f64 / slots.max(1) as f64 + 2.1 * size as f64
