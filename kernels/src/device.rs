@@ -11,6 +11,7 @@ use cudarc::driver::{
 use cudarc::nvrtc::Ptx;
 
 use crate::abi::{Fresh, Item, Layer, Query, Row, ITEM_FIRST, WINDOW_CHUNKS};
+use crate::image::image;
 use crate::plan::{lanes, Plan, NARROW, WIDE};
 use crate::shape::LayerShape;
 
@@ -102,12 +103,6 @@ pub struct Kernels {
     multiprocessors: usize,
 }
 
-macro_rules! fatbin {
-    ($name:literal) => {
-        include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")).to_vec()
-    };
-}
-
 impl Kernels {
     /// Load the kernels into the stream's context.
     ///
@@ -126,12 +121,12 @@ impl Kernels {
                 words: Mutex::new(stream.alloc_zeros(LAYERS)?),
                 stream: Arc::clone(stream),
             }),
-            count: load(fatbin!("count"))?,
-            store: load(fatbin!("store"))?,
-            seal: load(fatbin!("seal"))?,
-            decode: load(fatbin!("decode"))?,
-            decode_mma: load(fatbin!("decode_mma"))?,
-            probe: load(fatbin!("probe"))?,
+            count: load(image("count"))?,
+            store: load(image("store"))?,
+            seal: load(image("seal"))?,
+            decode: load(image("decode"))?,
+            decode_mma: load(image("decode_mma"))?,
+            probe: load(image("probe"))?,
             multiprocessors: context.attribute(count)? as usize,
         })
     }
@@ -432,11 +427,11 @@ impl DeviceLayer {
     }
 
     fn store(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
-        let heads = self.shape.num_kv_heads as u32;
-        let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
-        if longest == 0 {
+        if plan.longest == 0 {
             return Ok(());
         }
+        let heads = self.shape.num_kv_heads as u32;
+        let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
         let mut launch = self.stream.launch_builder(&self.store);
         let args = launch.arg(layer).arg(&plan.words).arg(&k).arg(&v);
         // SAFETY: as above.
