@@ -252,7 +252,7 @@ pub fn run(kernels: &Kernels, quick: bool) -> Result<()> {
 #[allow(dead_code)]
 pub fn judge(kernels: &Kernels, short: bool, dtypes: &[Dtype]) -> Result<()> {
     structs_are_the_same(kernels)?;
-    let is_short = |case: &&Case| !short || case.prompts.iter().sum::<usize>() <= 900;
+    let is_short = |case: &&Case| !short || case.prompts.iter().sum::<usize>() <= 1300;
     judge_cases(kernels, CASES.iter().filter(is_short), dtypes)?;
     refuses_what_f16_cannot_hold(kernels)
 }
