@@ -8,7 +8,9 @@ use std::process::Command;
 
 /// Sources, and how they round: codes must be equal bit for bit to the CPU's, so that `seal` may not contract products
 /// and sums; weights below the smallest normal number may be 0 in attention.
-const SOURCES: [(&str, &str); 4] = [
+const SOURCES: [(&str, &str); 6] = [
+    ("probe", "--fmad=true"),
+    ("count", "--fmad=true"),
     ("store", "--fmad=true"),
     ("seal", "--fmad=false"),
     ("decode", "--fmad=true"),

@@ -4,8 +4,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use either::Either;
-use mistralrs::{GgufModelBuilder, MistralRs, Model, PagedAttentionMetaBuilder, TokenSource};
-use mistralrs_core::MemoryGpuConfig;
+use mistralrs::{
+    GgufModelBuilder, MistralRs, Model, ModelDType, PagedAttentionMetaBuilder, TextModelBuilder,
+    TokenSource,
+};
+use mistralrs_core::{MemoryGpuConfig, PagedAttentionConfig};
 
 use crate::request;
 pub use crate::request::{prompt, Answer};
@@ -42,6 +45,13 @@ impl Setup {
             ..Self::default()
         }
     }
+
+    fn paged(&self) -> Result<PagedAttentionConfig> {
+        let pool = MemoryGpuConfig::ContextSize(self.pool_tokens);
+        PagedAttentionMetaBuilder::default()
+            .with_gpu_memory(pool)
+            .build()
+    }
 }
 
 /// What loads a GGUF file on the CPU, offline.
@@ -59,14 +69,24 @@ pub fn builder(path: &Path, setup: &Setup) -> Result<GgufModelBuilder> {
         .with_force_cpu()
         .with_max_num_seqs(setup.max_seqs)
         .with_prefix_cache_n(setup.prefix_cache.then_some(16));
-    if let Some(spec) = &setup.kv_cache {
-        let pool = MemoryGpuConfig::ContextSize(setup.pool_tokens);
-        let paged = PagedAttentionMetaBuilder::default()
-            .with_gpu_memory(pool)
-            .build()?;
-        return Ok(builder.with_paged_attn(paged).with_kv_cache(spec));
-    }
-    Ok(builder)
+    Ok(match &setup.kv_cache {
+        Some(spec) => builder.with_paged_attn(setup.paged()?).with_kv_cache(spec),
+        None => builder,
+    })
+}
+
+/// What loads a folder of safetensors on the CPU, offline, in f32.
+fn folder_builder(path: &Path, setup: &Setup) -> Result<TextModelBuilder> {
+    let builder = TextModelBuilder::new(path.display())
+        .with_token_source(TokenSource::None)
+        .with_force_cpu()
+        .with_dtype(ModelDType::F32)
+        .with_max_num_seqs(setup.max_seqs)
+        .with_prefix_cache_n(setup.prefix_cache.then_some(16));
+    Ok(match &setup.kv_cache {
+        Some(spec) => builder.with_paged_attn(setup.paged()?).with_kv_cache(spec),
+        None => builder,
+    })
 }
 
 /// A model in the real engine.
@@ -75,12 +95,13 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Load a GGUF file on the CPU, offline.
+    /// Load a GGUF file or a folder of safetensors on the CPU, offline.
     pub async fn load(path: &Path, setup: &Setup) -> Result<Self> {
-        let builder = builder(path, setup)?;
-        Ok(Self {
-            model: builder.build().await?,
-        })
+        let model = match path.is_dir() {
+            true => folder_builder(path, setup)?.build().await?,
+            false => builder(path, setup)?.build().await?,
+        };
+        Ok(Self { model })
     }
 
     /// The host's runner.

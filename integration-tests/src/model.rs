@@ -38,6 +38,9 @@ pub fn smollm2() -> Result<PathBuf> {
 /// `path` if the host multiplies its weights fast, or else a copy beside it with 8-bit weights: the
 /// host has no SIMD for Q4_1 and Q5 on the CPU. Made once.
 pub fn fast(path: &Path) -> Result<PathBuf> {
+    if path.is_dir() {
+        return Ok(path.to_owned());
+    }
     let mut reader = BufReader::new(File::open(path).with_context(|| {
         format!(
             "{} is missing: `cargo verify` and `cargo demo` fetch it",
@@ -58,16 +61,52 @@ pub fn fast(path: &Path) -> Result<PathBuf> {
 
 /// A copy of `path` beside it whose weights are f32, made once. With quantized weights the host rounds activations
 /// to 8 bits before each matmul, which moves answers as much as a 4-bit cache does.
+///
+/// A folder of safetensors stays as it is.
 pub fn exact(path: &Path) -> Result<PathBuf> {
+    if path.is_dir() {
+        return Ok(path.to_owned());
+    }
     converted(path, GgmlDType::F32)
 }
 
+/// A copy of `path` beside it that ends after its first `layers` layers, made once. Its answers mean nothing, but a
+/// server does with it all that it does with the whole, several times as often.
+pub fn shallow(path: &Path, layers: usize) -> Result<PathBuf> {
+    copied(path, &format!("{layers}-layers"), |content| {
+        let key = content
+            .metadata
+            .keys()
+            .find(|key| key.ends_with(".block_count"))
+            .cloned()
+            .context("the file says how many layers it has")?;
+        let count = u32::try_from(layers)?;
+        content.metadata.insert(key, Value::U32(count));
+        content.tensor_infos.retain(|name, _| {
+            let layer = name.strip_prefix("blk.").and_then(|n| n.split('.').next());
+            layer.is_none_or(|n| n.parse().is_ok_and(|n: usize| n < layers))
+        });
+        Ok(None)
+    })
+}
+
 fn converted(path: &Path, dtype: GgmlDType) -> Result<PathBuf> {
-    let copy = path.with_extension(format!("{dtype:?}.gguf"));
+    copied(path, &format!("{dtype:?}"), |_| Ok(Some(dtype)))
+}
+
+/// A copy of `path` beside it, made once. `edit` changes what is copied and chooses how quantized weights are kept:
+/// `None` as they are.
+fn copied(
+    path: &Path,
+    name: &str,
+    edit: impl FnOnce(&mut Content) -> Result<Option<GgmlDType>>,
+) -> Result<PathBuf> {
+    let copy = path.with_extension(format!("{name}.gguf"));
     if !copy.exists() {
-        eprintln!("Converting {} to {dtype:?} weights (once)", path.display());
+        eprintln!("Making {} (once)", copy.display());
         let mut reader = BufReader::new(File::open(path)?);
-        let content = Content::read(&mut reader)?;
+        let mut content = Content::read(&mut reader)?;
+        let dtype = edit(&mut content)?;
         let partial = copy.with_extension(format!("partial-{}", std::process::id()));
         convert(&content, &mut reader, &partial, dtype)?;
         std::fs::rename(&partial, &copy)?;
@@ -79,7 +118,7 @@ fn convert(
     content: &Content,
     reader: &mut BufReader<File>,
     to: &Path,
-    dtype: GgmlDType,
+    dtype: Option<GgmlDType>,
 ) -> Result<()> {
     let mut tensors = Vec::with_capacity(content.tensor_infos.len());
     for name in content.tensor_infos.keys() {
@@ -88,9 +127,9 @@ fn convert(
             tensor.dtype(),
             GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16
         );
-        let tensor = match plain {
-            true => tensor,
-            false => QTensor::quantize(&tensor.dequantize(&Device::Cpu)?, dtype)?,
+        let tensor = match dtype {
+            Some(dtype) if !plain => QTensor::quantize(&tensor.dequantize(&Device::Cpu)?, dtype)?,
+            _ => tensor,
         };
         tensors.push((name.as_str(), tensor));
     }
@@ -108,8 +147,11 @@ fn convert(
     Ok(writer.flush()?)
 }
 
-/// The cache's shape, from the file's metadata.
+/// The cache's shape, from the file's metadata or the folder's configuration.
 pub fn shape(path: &Path) -> Result<ModelShape> {
+    if path.is_dir() {
+        return folder_shape(path);
+    }
     let content = Content::read(&mut BufReader::new(File::open(path)?))?;
     let Some(Value::String(arch)) = content.metadata.get("general.architecture") else {
         bail!("{} names no architecture", path.display());
@@ -130,6 +172,23 @@ pub fn shape(path: &Path) -> Result<ModelShape> {
         num_kv_heads: number("attention.head_count_kv").unwrap_or(heads),
         k_dim: dim("attention.key_length")?,
         v_dim: dim("attention.value_length")?,
+    })
+}
+
+fn folder_shape(path: &Path) -> Result<ModelShape> {
+    let config = std::fs::read_to_string(path.join("config.json"))?;
+    let config: serde_json::Value = serde_json::from_str(&config)?;
+    let number = |key: &str| -> Result<usize> {
+        let value = config[key].as_u64();
+        Ok(value.with_context(|| format!("no `{key}` in config.json"))? as usize)
+    };
+    let heads = number("num_attention_heads")?;
+    let dim = number("head_dim").or_else(|_| anyhow::Ok(number("hidden_size")? / heads.max(1)))?;
+    Ok(ModelShape {
+        layers: number("num_hidden_layers")?,
+        num_kv_heads: number("num_key_value_heads").unwrap_or(heads),
+        k_dim: dim,
+        v_dim: dim,
     })
 }
 

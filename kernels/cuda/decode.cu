@@ -1,6 +1,7 @@
 // Decode attention, the clear version: any bits, any head size. A block takes one query head over one item, a thread
 // one token, then one channel. Also the merge of items, and dequantization for prefix hits.
 #include "attend.cuh"
+#include "rotate.cuh"
 
 namespace ott {
 
@@ -80,6 +81,12 @@ __device__ void decode(Layer l, const Row* rows, const uint32_t* tables, const I
                 const float code = static_cast<float>(code_at(page + layout.k_codes + c * bytes, group, l.k_bits, t));
                 score += q[c] * half_at(page + layout.k_scale, c) * code + q[c] * half_at(page + layout.k_min, c);
             }
+            const float worth = static_cast<float>(1 << l.k_bits);
+            for (uint32_t i = 0; i < l.boosted; ++i) {
+                const int c = boosted_channel(page + layout.k_boosted, i);
+                const uint32_t bit = bit_at(page + layout.k_high + i * packed_len(group, 1), group, t);
+                score += q[c] * (worth * half_at(page + layout.k_scale, c)) * static_cast<float>(bit);
+            }
             score = capped(score, query.softcap);
         }
         const float shrink = weigh(score);
@@ -102,35 +109,43 @@ __device__ void decode(Layer l, const Row* rows, const uint32_t* tables, const I
         }
         __syncthreads();
     }
-    float* to = query.sums + (static_cast<size_t>(blockIdx.x) * query.num_heads + blockIdx.y) * (2 + v_dim);
-    if (t == 0) to[0] = max;
-    if (t == 0) to[1] = sum;
-    for (int c = t; c < v_dim; c += THREADS) to[2 + c] = out[c];
+    float* to = partial(query, blockIdx.x, blockIdx.y, v_dim);
+    if (t == 0) to[v_dim] = max;
+    if (t == 0) to[v_dim + 1] = sum;
+    for (int c = t; c < v_dim; c += THREADS) to[c] = out[c];
 }
 
-// Join the items of each row, in their order. grid (num_heads, rows); `of_row`: (first item, end)
+// Join the items of each row, in their order, in the model's basis. grid (num_heads, rows), 128 threads; `of_row`: (first
+// item, end)
 template <class E>
-__device__ void merge(const uint2* of_row, Query query, uint32_t v_dim) {
+__device__ void merge(const Layer& l, const uint2* of_row, const Query& query) {
+    __shared__ float shared[ROTATORS];
     const uint2 items = of_row[blockIdx.y];
-    const size_t stride = static_cast<size_t>(query.num_heads) * (2 + v_dim);
-    const float* from = query.sums + blockIdx.x * (2 + v_dim);
+    const int v_dim = l.v_dim;
+    auto of = [&](uint32_t item) { return partial(query, item, blockIdx.x, v_dim); };
     float max = -INFINITY, sum = 0.0f;
-    for (uint32_t i = items.x; i < items.y; ++i) max = fmaxf(max, from[i * stride]);
-    for (uint32_t i = items.x; i < items.y; ++i) sum += from[i * stride + 1] * exp2f(from[i * stride] - max);
+    for (uint32_t i = items.x; i < items.y; ++i) max = fmaxf(max, of(i)[v_dim]);
+    for (uint32_t i = items.x; i < items.y; ++i) sum += of(i)[v_dim + 1] * exp2f(of(i)[v_dim] - max);
     const float inverse = 1.0f / sum;
     E* out = static_cast<E*>(query.out) + (static_cast<size_t>(blockIdx.y) * query.num_heads + blockIdx.x) * v_dim;
-    for (uint32_t c = threadIdx.x; c < v_dim; c += blockDim.x) {
+    auto joined = [&](int c) {
         float o = 0.0f;
         for (uint32_t i = items.x; i < items.y; ++i) {
-            const float weight = exp2f(from[i * stride] - max);
-            o += weight == 0.0f ? 0.0f : from[i * stride + 2 + c] * weight;
+            const float weight = exp2f(of(i)[v_dim] - max);
+            o += weight == 0.0f ? 0.0f : of(i)[c] * weight;
         }
-        out[c] = from_float<E>(o * inverse);
+        return o * inverse;
+    };
+    auto write = [&](int c, float x) { out[c] = from_float<E>(x); };
+    if (l.rotate) {
+        rotate_token(v_dim, shared, joined, write);
+    } else {
+        for (int c = threadIdx.x; c < v_dim; c += THREADS) write(c, joined(c));
     }
 }
 
-// Tokens `0 .. past` of one row as numbers: k (kv_heads, past, k_dim), v (kv_heads, past, v_dim). Traced tokens are as
-// they were. grid (past, kv_heads)
+// Tokens `0 .. past` of one row as numbers: k (kv_heads, past, k_dim), v (kv_heads, past, v_dim), values in the
+// basis in which they are kept. Traced tokens are as they were. grid (past, kv_heads)
 template <class E>
 __device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_t r, E* k, E* v) {
     const Row& row = rows[r];
@@ -157,8 +172,14 @@ __device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_
         }
         const uint8_t* codes = page + layout.k_codes + c * packed_len(group, l.k_bits);
         const float code = static_cast<float>(code_at(codes, group, l.k_bits, t));
-        key[c] = from_float<E>(__fadd_rn(__fmul_rn(code, half_at(page + layout.k_scale, c)),
-                                         half_at(page + layout.k_min, c)));
+        const float scale = half_at(page + layout.k_scale, c);
+        float x = __fadd_rn(__fmul_rn(code, scale), half_at(page + layout.k_min, c));
+        for (uint32_t i = 0; i < l.boosted; ++i) {
+            if (boosted_channel(page + layout.k_boosted, i) != c) continue;
+            const uint32_t bit = bit_at(page + layout.k_high + i * packed_len(group, 1), group, t);
+            x = __fadd_rn(x, __fmul_rn(static_cast<float>(bit), __fmul_rn(static_cast<float>(1 << l.k_bits), scale)));
+        }
+        key[c] = from_float<E>(x);
     }
     for (int c = threadIdx.x; c < static_cast<int>(l.v_dim); c += blockDim.x) {
         if (whole.v != nullptr) {
@@ -181,9 +202,9 @@ __device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_
         ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, ott::Query query) {  \
         ott::decode<E>(l, rows, tables, items, query);                                                           \
     }                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128) ott_merge_##suffix(const uint2* of_row, ott::Query query,  \
-                                                                         uint32_t v_dim) {                       \
-        ott::merge<E>(of_row, query, v_dim);                                                                     \
+    extern "C" __global__ void __launch_bounds__(128) ott_merge_##suffix(ott::Layer l, const uint2* of_row,      \
+                                                                         ott::Query query) {                     \
+        ott::merge<E>(l, of_row, query);                                                                         \
     }                                                                                                            \
     extern "C" __global__ void __launch_bounds__(128) ott_gather_##suffix(                                       \
         ott::Layer l, const ott::Row* rows, const uint32_t* tables, uint32_t row, E* k, E* v) {                  \

@@ -1,4 +1,5 @@
-// Seal the groups that leave the window: trace, then quantize. Bit for bit what the CPU's scalar code makes
+// Seal the groups that leave the window: trace, quantize, then give the worst key channels one more bit. New values are
+// those that `ott_rotate` has turned, where values are rotated. Bit for bit what the CPU's scalar code makes
 // (docs/layout.md, "Equal bits"): compiled without contraction, sums in the same lanes, true divisions.
 #include "cache.cuh"
 
@@ -8,6 +9,9 @@ constexpr int LANES = 16;
 constexpr int MAX_GROUP = 128;
 constexpr int MAX_POOL = 16;
 constexpr int CLIP_STEPS = 7;
+constexpr int MAX_DIM = 1024;
+
+__device__ constexpr int align_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // Lanes 0 .. h take lanes h .. 2h: the same tree as on the CPU. `lane` of 16, all of a half warp take part.
 __device__ inline float lane_sum(float x) {
@@ -64,7 +68,6 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
             if (!isfinite(magnitude[t])) *l.status = 1;
         }
         if (t == 0) displaced = 0;
-        if (t < n) place[t] = NONE;
         // What has no magnitude has no rank: nothing of such a group is traced, and its request ends with an error.
         const bool ranked = __syncthreads_and(t >= group || isfinite(magnitude[t]));
         // Rank among members and tokens; of equals the older is before, a member before a token.
@@ -97,7 +100,7 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
 
         uint8_t* page = head_part(l, table[g], head, layout.head_bytes) + layout.trace;
         uint8_t* slots = page + 4 * n;
-        uint32_t* places = l.places + (static_cast<size_t>(table[g]) * l.kv_heads + head) * n;
+        const uint32_t* places = l.places + (static_cast<size_t>(table[g]) * l.kv_heads + head) * n;
         int order = 0, count = 0;
         for (int i = 0; i < group; ++i) {
             order += wins[i] && i < t;
@@ -106,12 +109,11 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
         if (t < n) {
             reinterpret_cast<float*>(page)[t] = pool[t];
             if (t >= count) slots[t] = NO_SLOT;
-            if (t < count) place[t] = l.free[atomicSub(l.free_len, 1) - 1];
-            places[t] = place[t];
+            place[t] = places[t];
         }
         if (t == 0) page[5 * n] = static_cast<uint8_t>(extra);
         // Padding is zero: a page is compared byte by byte.
-        if (static_cast<size_t>(5 * n + 1 + t) < layout.head_bytes - layout.trace) page[5 * n + 1 + t] = 0;
+        if (static_cast<size_t>(5 * n + 1 + t) < layout.k_high - layout.trace) page[5 * n + 1 + t] = 0;
         __syncthreads();
         if (t < group && wins[t]) {
             slots[order] = static_cast<uint8_t>(t);
@@ -212,79 +214,162 @@ __device__ float mean_of_others(const uint8_t* slots, int traced, int group, Num
     return fminf(fmaxf(__fdiv_rn(sum, static_cast<float>(group - traced)), low), high);
 }
 
-// Keys of a channel by one half warp, then values of a token by one half warp.
-// grid (ceil((k_dim + group) / 8), kv_heads, groups), 128 threads: 8 half warps
-// `groups`: (row, group of the row) of each group to seal
+// What the half warps of a block know of the group that they seal.
 template <class E>
-__device__ void quantize(Layer l, const Row* rows, const uint32_t* tables, const uint2* groups, Fresh k, Fresh v) {
-    __shared__ uint8_t codes[8][MAX_GROUP];
-    const uint2 where = groups[blockIdx.z];
-    const Row& row = rows[where.x];
-    const int head = blockIdx.y, half = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    const int group = l.group, start = where.y * group, item = blockIdx.x * 8 + half;
-    const PageLayout layout = page_layout(l);
-    uint8_t* page = head_part(l, tables[row.table + where.y], head, layout.head_bytes);
-    const uint8_t* slots = page + layout.trace + 4 * l.outliers;
-    int traced_count = 0;
-    while (traced_count < static_cast<int>(l.outliers) && slots[traced_count] != NO_SLOT) ++traced_count;
-    auto token = [&](int t) { return unsealed<E>(l, row, k, v, where.x, head, start + t); };
-    auto is_traced = [&](int t) {
-        for (int i = 0; i < traced_count; ++i)
+struct Group {
+    const Layer& l;
+    const Row& row;
+    const Fresh &k, &v;
+    int r, head, start;
+    PageLayout layout;
+    uint8_t* page;
+    const uint8_t* slots;
+    int traced;
+
+    __device__ Group(const Layer& l, const Row* rows, const uint32_t* tables, uint2 where, const Fresh& k,
+                     const Fresh& v, int head)
+        : l(l), row(rows[where.x]), k(k), v(v), r(where.x), head(head), start(where.y * l.group), layout(page_layout(l)) {
+        page = head_part(l, tables[row.table + where.y], head, layout.head_bytes);
+        slots = page + layout.trace + 4 * l.outliers;
+        traced = 0;
+        while (traced < static_cast<int>(l.outliers) && slots[traced] != NO_SLOT) ++traced;
+    }
+
+    __device__ Token<E> token(int t) const { return unsealed<E>(l, row, k, v, r, head, start + t); }
+
+    __device__ bool is_traced(int t) const {
+        for (int i = 0; i < traced; ++i)
             if (slots[i] == t) return true;
         return false;
-    };
-    uint8_t* mine = codes[half];
-    float x[MAX_GROUP / LANES] = {};
+    }
 
-    // Half warps of one warp may do different things, but each goes through all shuffles.
-    const bool is_key = item < static_cast<int>(l.k_dim), is_value = !is_key && item < static_cast<int>(l.k_dim) + group;
-    if (is_key) {
-        const int c = item;
+    // This lane's keys of channel `c`, and which of them are traced.
+    __device__ uint32_t channel(int c, int lane, float (&x)[MAX_GROUP / LANES]) const {
         uint32_t mask = 0;
-        float mean = 0.0f;
-        if (traced_count > 0)
-            mean = mean_of_others(slots, traced_count, group, [&](int t) { return to_float(token(t).k[c]); });
 #pragma unroll
         for (int i = 0; i < MAX_GROUP / LANES; ++i) {
             const int t = lane + i * LANES;
-            if (t >= group) break;
-            const bool out = is_traced(t);
-            mask |= static_cast<uint32_t>(out) << i;
-            x[i] = out ? mean : to_float(token(t).k[c]);
+            if (t >= static_cast<int>(l.group)) break;
+            mask |= static_cast<uint32_t>(is_traced(t)) << i;
+            x[i] = to_float(token(t).k[c]);
         }
-        const Affine a = quantize_group(x, mask, group, lane, l.k_bits, l.clip != 0, mine, l.status);
+        return mask;
+    }
+
+    // Quantize channel `c` at `bits` by a half warp, `codes` are its own: low bits, scale and min go into the page.
+    __device__ void quantize_channel(int c, int lane, int bits, uint8_t* codes) const {
+        float x[MAX_GROUP / LANES] = {};
+        const uint32_t mask = channel(c, lane, x);
+        if (traced > 0) {
+            const float mean = mean_of_others(slots, traced, l.group, [&](int t) { return to_float(token(t).k[c]); });
+#pragma unroll
+            for (int i = 0; i < MAX_GROUP / LANES; ++i) x[i] = mask >> i & 1 ? mean : x[i];
+        }
+        const Affine a = quantize_group(x, mask, l.group, lane, bits, l.clip != 0, codes, l.status);
         __syncwarp();
-        const int bytes = packed_len(group, l.k_bits);
+        const int bytes = packed_len(l.group, l.k_bits);
         for (int j = lane; j < bytes; j += LANES)
-            page[layout.k_codes + c * bytes + j] = packed_byte(mine, group, l.k_bits, j);
+            page[layout.k_codes + c * bytes + j] = packed_byte(codes, l.group, l.k_bits, j);
         if (lane == 0) {
             reinterpret_cast<__half*>(page + layout.k_scale)[c] = a.scale;
             reinterpret_cast<__half*>(page + layout.k_min)[c] = a.min;
         }
-    } else if (is_value) {
+    }
+};
+
+// Keys of a channel by one half warp, then values of a token by one half warp.
+// grid (ceil((k_dim + group) / 8), kv_heads, groups), 128 threads: 8 half warps
+// `groups`: (row, group of the row) of each group to seal
+template <class E>
+__device__ void quantize(const Layer& l, const Row* rows, const uint32_t* tables, const uint2* groups, const Fresh& k,
+                         const Fresh& v) {
+    __shared__ uint8_t codes[8][MAX_GROUP];
+    const int half = threadIdx.x / LANES, lane = threadIdx.x % LANES, item = blockIdx.x * 8 + half;
+    const Group<E> group(l, rows, tables, groups[blockIdx.z], k, v, blockIdx.y);
+    uint8_t* mine = codes[half];
+
+    // Half warps of one warp do the same: k_dim and group are multiples of 8. Each goes through all shuffles.
+    if (item < static_cast<int>(l.k_dim)) {
+        group.quantize_channel(item, lane, l.k_bits, mine);
+    } else if (item < static_cast<int>(l.k_dim + l.group)) {
         const int t = item - l.k_dim;
-        const bool out = is_traced(t);
+        const bool out = group.is_traced(t);
         const int token_bytes = packed_len(l.v_dim, l.v_bits);
+        const PageLayout& layout = group.layout;
         for (int from = 0, g = 0; from < static_cast<int>(l.v_dim); from += V_GROUP, ++g) {
             const int width = min(V_GROUP, static_cast<int>(l.v_dim) - from);
+            float x[MAX_GROUP / LANES] = {};
 #pragma unroll
             for (int i = 0; i < MAX_GROUP / LANES; ++i) {
                 const int c = from + lane + i * LANES;
                 if (lane + i * LANES >= width) break;
-                x[i] = out ? mean_of_others(slots, traced_count, group, [&](int u) { return to_float(token(u).v[c]); })
-                           : to_float(token(t).v[c]);
+                x[i] = out ? mean_of_others(group.slots, group.traced, l.group,
+                                            [&](int u) { return to_float(group.token(u).v[c]); })
+                           : to_float(group.token(t).v[c]);
             }
             const Affine a = quantize_group(x, 0, width, lane, l.v_bits, false, mine, l.status);
             __syncwarp();
-            uint8_t* packed = page + layout.v_codes + t * token_bytes + packed_len(from, l.v_bits);
+            uint8_t* packed = group.page + layout.v_codes + t * token_bytes + packed_len(from, l.v_bits);
             for (int j = lane; j < packed_len(width, l.v_bits); j += LANES)
                 packed[j] = packed_byte(mine, width, l.v_bits, j);
             if (lane == 0) {
-                reinterpret_cast<__half*>(page + layout.v_scale)[g * group + t] = a.scale;
-                reinterpret_cast<__half*>(page + layout.v_min)[g * group + t] = a.min;
+                reinterpret_cast<__half*>(group.page + layout.v_scale)[g * l.group + t] = a.scale;
+                reinterpret_cast<__half*>(group.page + layout.v_min)[g * l.group + t] = a.min;
             }
             __syncwarp();
         }
+    }
+}
+
+// One more bit for the channels whose error at `k_bits` is largest, of equals the lower.
+// grid (kv_heads, groups), BOOSTERS threads; after `quantize`
+constexpr int BOOSTERS = 512;
+constexpr int MAX_BOOSTED = MAX_DIM / 2;
+
+template <class E>
+__device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, const uint2* groups, const Fresh& k,
+                      const Fresh& v) {
+    __shared__ uint8_t codes[BOOSTERS / LANES][MAX_GROUP];
+    __shared__ float error[MAX_DIM];
+    __shared__ uint8_t wins[MAX_DIM];
+    __shared__ uint16_t chosen[MAX_BOOSTED];
+    const int half = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    const int k_dim = l.k_dim, boosted = l.boosted, high = packed_len(l.group, 1);
+    const Group<E> group(l, rows, tables, groups[blockIdx.y], k, v, blockIdx.x);
+    const PageLayout& layout = group.layout;
+    const int count = (l.group - lane + LANES - 1) / LANES;
+    // Both half warps of a warp go through all shuffles, the last of them for nothing where channels are odd.
+    for (int c = half; c < align_up(k_dim, BOOSTERS / LANES); c += BOOSTERS / LANES) {
+        const int channel = min(c, k_dim - 1);
+        float x[MAX_GROUP / LANES] = {};
+        const uint32_t mask = group.channel(channel, lane, x);
+        const Affine a = {reinterpret_cast<const __half*>(group.page + layout.k_scale)[channel],
+                          reinterpret_cast<const __half*>(group.page + layout.k_min)[channel]};
+        const float sum = lane_sum(lane_error(x, mask, count, a, static_cast<float>((1 << l.k_bits) - 1)));
+        if (lane == 0 && c < k_dim) error[c] = sum;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < k_dim; c += BOOSTERS) {
+        int rank = 0;
+        for (int i = 0; i < k_dim; ++i) rank += error[i] > error[c] || (error[i] == error[c] && i < c);
+        wins[c] = rank < boosted;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < k_dim; c += BOOSTERS) {
+        if (!wins[c]) continue;
+        int place = 0;
+        for (int i = 0; i < c; ++i) place += wins[i];
+        chosen[place] = static_cast<uint16_t>(c);
+        reinterpret_cast<uint16_t*>(group.page + layout.k_boosted)[place] = static_cast<uint16_t>(c);
+    }
+    __syncthreads();
+    for (int n = half; n < align_up(boosted, 2); n += BOOSTERS / LANES) {
+        // An odd one out is made twice, alike.
+        const int place = min(n, boosted - 1);
+        group.quantize_channel(chosen[place], lane, l.k_bits + 1, codes[half]);
+        for (int j = lane; j < high; j += LANES)
+            group.page[layout.k_high + place * high + j] = packed_bits(codes[half], l.group, l.k_bits, 1, j);
+        __syncwarp();
     }
 }
 
@@ -299,6 +384,11 @@ __device__ void quantize(Layer l, const Row* rows, const uint32_t* tables, const
         ott::Layer l, const ott::Row* rows, const uint32_t* tables, const uint2* groups, ott::Fresh k,        \
         ott::Fresh v) {                                                                                       \
         ott::quantize<E>(l, rows, tables, groups, k, v);                                                      \
+    }                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(ott::BOOSTERS) ott_boost_##suffix(                           \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const uint2* groups, ott::Fresh k,        \
+        ott::Fresh v) {                                                                                       \
+        ott::boost<E>(l, rows, tables, groups, k, v);                                                         \
     }
 OTT_SEAL(f16, __half)
 OTT_SEAL(bf16, __nv_bfloat16)

@@ -2,8 +2,13 @@
 
 /// Most chunks of one row's window.
 pub const WINDOW_CHUNKS: usize = 8;
+/// Blocks or chunks that an item names.
+pub const ITEM_FIRST: usize = 4;
 /// No chunk, no place, no page.
 pub const NONE: u32 = u32::MAX;
+
+/// Numbers of an item's result beside its weighted values.
+pub const PARTIAL: usize = 4;
 
 /// One sequence in one step.
 #[repr(C)]
@@ -25,6 +30,25 @@ pub struct Row {
     pub chunk: [u32; WINDOW_CHUNKS],
 }
 
+impl Row {
+    /// As the device reads it.
+    pub fn words(&self) -> [u32; 5 + 2 * WINDOW_CHUNKS] {
+        let mut words = [0; 5 + 2 * WINDOW_CHUNKS];
+        let (numbers, chunks) = words.split_at_mut(5);
+        let (before, after) = chunks.split_at_mut(WINDOW_CHUNKS);
+        numbers.copy_from_slice(&[
+            self.past,
+            self.fresh,
+            self.sealed_before,
+            self.sealed,
+            self.table,
+        ]);
+        before.copy_from_slice(&self.chunk_before);
+        after.copy_from_slice(&self.chunk);
+        words
+    }
+}
+
 /// One layer's memory and shape.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -37,10 +61,6 @@ pub struct Layer {
     pub traced: u64,
     /// `(num_blocks, kv_heads, outliers)`.
     pub places: u64,
-    /// Stack of free places.
-    pub free: u64,
-    /// Its length.
-    pub free_len: u64,
     /// 1 once a number could not be quantized.
     pub status: u64,
     /// Key/value heads.
@@ -61,6 +81,10 @@ pub struct Layer {
     pub extra: u32,
     /// Whether key ranges are searched.
     pub clip: u32,
+    /// Key channels with one more bit.
+    pub boosted: u32,
+    /// Whether values are kept in another basis.
+    pub rotate: u32,
 }
 
 /// New keys or values: strides in numbers.
@@ -89,6 +113,19 @@ pub struct Item {
     pub from: u32,
     /// End.
     pub to: u32,
+    /// The first blocks, or the first chunks of the window; [`NONE`] where there are fewer.
+    pub first: [u32; ITEM_FIRST],
+}
+
+impl Item {
+    /// As the device reads it.
+    pub fn words(&self) -> [u32; 4 + ITEM_FIRST] {
+        let mut words = [0; 4 + ITEM_FIRST];
+        let (numbers, first) = words.split_at_mut(4);
+        numbers.copy_from_slice(&[self.row, self.window, self.from, self.to]);
+        first.copy_from_slice(&self.first);
+        words
+    }
 }
 
 /// A pair: items of a row (first, end), or a group to seal (row, group).
@@ -113,7 +150,7 @@ pub struct Query {
     pub head: i64,
     /// `(rows, num_heads, v_dim)`.
     pub out: u64,
-    /// `(items, num_heads, 2 + v_dim)` f32.
+    /// `(items, num_heads, v_dim + PARTIAL)` f32.
     pub sums: u64,
     /// `(rows, kv_heads, tiles)`, zero before and after.
     pub arrived: u64,

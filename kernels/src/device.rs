@@ -1,6 +1,6 @@
 //! A layer on the device, and the kernels of a step.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{bail, Context, Result};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum};
@@ -9,29 +9,27 @@ use cudarc::driver::{
     LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
-use ott_backend::cache::LayerSpec;
-use ott_backend::Clip;
 
-use crate::abi::{Fresh, Item, Layer, Pair, Query, Row};
-use crate::plan::Plan;
+use crate::abi::{Fresh, Item, Layer, Query, Row, ITEM_FIRST, WINDOW_CHUNKS};
+use crate::image::image;
+use crate::plan::{lanes, Plan, NARROW, WIDE};
+use crate::shape::LayerShape;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
-unsafe impl DeviceRepr for Row {}
-// SAFETY: as above.
 unsafe impl DeviceRepr for Layer {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Fresh {}
 // SAFETY: as above.
-unsafe impl DeviceRepr for Item {}
-// SAFETY: as above.
-unsafe impl DeviceRepr for Pair {}
-// SAFETY: as above.
 unsafe impl DeviceRepr for Query {}
 
+/// Fields of all structs, and sections of a page.
+const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
 /// Threads of every block.
 const THREADS: u32 = 128;
-/// Query heads of a tile of the tensor-core kernel.
-const QUERIES: usize = 4;
+/// Layers whose faults are told apart.
+const LAYERS: usize = 1024;
+/// Threads of a block that gives third bits.
+const BOOSTERS: u32 = 512;
 /// Half warps of a block: groups that `quantize` takes at once.
 const HALF_WARPS: usize = 8;
 
@@ -64,20 +62,45 @@ impl Dtype {
     }
 }
 
+/// By layer: 1 once a number could not be quantized.
+pub struct Faults {
+    words: Mutex<CudaSlice<u32>>,
+    stream: Arc<CudaStream>,
+}
+
+impl Faults {
+    /// Wait for the device; the first layer that met such a number since the last call.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn take(&self) -> Result<Option<usize>> {
+        let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let layers = self.stream.clone_dtoh(&*words)?;
+        let fault = layers.iter().position(|word| *word != 0);
+        if fault.is_some() {
+            self.stream.memset_zeros(&mut *words)?;
+        }
+        Ok(fault)
+    }
+
+    fn address(&self, layer: usize) -> u64 {
+        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let offset = layer % LAYERS * size_of::<u32>();
+        address(&words, &self.stream) + offset as u64
+    }
+}
+
 /// The modules of a device.
 pub struct Kernels {
     stream: Arc<CudaStream>,
+    faults: Arc<Faults>,
+    count: Arc<CudaModule>,
     store: Arc<CudaModule>,
     seal: Arc<CudaModule>,
     decode: Arc<CudaModule>,
     decode_mma: Arc<CudaModule>,
+    probe: Arc<CudaModule>,
     multiprocessors: usize,
-}
-
-macro_rules! fatbin {
-    ($name:literal) => {
-        include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")).to_vec()
-    };
 }
 
 impl Kernels {
@@ -94,10 +117,16 @@ impl Kernels {
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         Ok(Self {
             stream: Arc::clone(stream),
-            store: load(fatbin!("store"))?,
-            seal: load(fatbin!("seal"))?,
-            decode: load(fatbin!("decode"))?,
-            decode_mma: load(fatbin!("decode_mma"))?,
+            faults: Arc::new(Faults {
+                words: Mutex::new(stream.alloc_zeros(LAYERS)?),
+                stream: Arc::clone(stream),
+            }),
+            count: load(image("count"))?,
+            store: load(image("store"))?,
+            seal: load(image("seal"))?,
+            decode: load(image("decode"))?,
+            decode_mma: load(image("decode_mma"))?,
+            probe: load(image("probe"))?,
             multiprocessors: context.attribute(count)? as usize,
         })
     }
@@ -106,12 +135,52 @@ impl Kernels {
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }
+
+    /// What the device finds in each field of these, in order, then in a page's offsets; for a test.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn probe(
+        &self,
+        layer: Layer,
+        row: Row,
+        fresh: Fresh,
+        item: Item,
+        query: Query,
+    ) -> Result<Vec<u64>> {
+        let stream = &self.stream;
+        let function = self.probe.load_function("ott_probe")?;
+        let row = stream.clone_htod(&row.words())?;
+        let item = stream.clone_htod(&item.words())?;
+        let mut out = stream.alloc_zeros::<u64>(PROBED)?;
+        let mut launch = stream.launch_builder(&function);
+        let args = launch.arg(&layer).arg(&row).arg(&fresh).arg(&item);
+        let one = LaunchConfig {
+            block_dim: (1, 1, 1),
+            ..grid(1, 1, 1)
+        };
+        // SAFETY: the arguments are the kernel's, which writes `PROBED` numbers.
+        unsafe { args.arg(&query).arg(&mut out).launch(one) }?;
+        Ok(stream.clone_dtoh(&out)?)
+    }
+
+    /// What could not be quantized, all layers.
+    pub fn faults(&self) -> &Arc<Faults> {
+        &self.faults
+    }
+}
+
+/// A tensor-core kernel: its shared memory, and the query heads that a block takes.
+struct Tuned {
+    function: CudaFunction,
+    shared: u32,
+    heads: usize,
 }
 
 /// One layer's memory on the device, and its kernels.
 pub struct DeviceLayer {
     /// What never changes.
-    pub spec: LayerSpec,
+    pub shape: LayerShape,
     /// Type of activations.
     pub dtype: Dtype,
     /// Query heads.
@@ -120,35 +189,38 @@ pub struct DeviceLayer {
     pub pages: CudaSlice<u8>,
     staging: CudaSlice<u8>,
     traced: CudaSlice<u8>,
-    /// Places of traced tokens by block.
+    /// Places of traced tokens by block: each block has its own.
     pub places: CudaSlice<u32>,
-    free: CudaSlice<u32>,
-    free_len: CudaSlice<u32>,
-    status: CudaSlice<u32>,
+    faults: Arc<Faults>,
     stream: Arc<CudaStream>,
+    count: CudaFunction,
     store: CudaFunction,
     trace: CudaFunction,
     quantize: CudaFunction,
+    boost: CudaFunction,
+    rotate: CudaFunction,
     clear_decode: CudaFunction,
-    tuned_decode: Option<(CudaFunction, u32)>,
+    tuned_decode: Option<Tuned>,
+    wide_decode: Option<Tuned>,
     merge: CudaFunction,
     gather: CudaFunction,
     slots: usize,
 }
 
-/// Tables of a step on the device.
+/// Tables of a step on the device: one piece of memory, written once.
 pub struct DevicePlan {
-    rows: CudaSlice<Row>,
-    tables: CudaSlice<u32>,
-    groups: CudaSlice<Pair>,
-    items: CudaSlice<Item>,
-    of_row: CudaSlice<Pair>,
-    arrived: CudaSlice<u32>,
+    words: CudaSlice<u32>,
+    tables: u64,
+    groups: u64,
+    items: u64,
+    of_row: u64,
+    arrived: u64,
     num_groups: usize,
     /// Parts of contexts.
     pub num_items: usize,
     num_rows: usize,
     longest: usize,
+    seals_new: bool,
 }
 
 impl DevicePlan {
@@ -157,23 +229,41 @@ impl DevicePlan {
     /// # Errors
     /// If the driver fails.
     pub fn upload(plan: &Plan, lanes: usize, stream: &Arc<CudaStream>) -> Result<Self> {
-        let nothing = [Pair { a: 0, b: 0 }];
-        let groups = match plan.groups.is_empty() {
-            true => &nothing[..],
-            false => &plan.groups,
+        let mut words: Vec<u32> = plan.rows.iter().flat_map(|row| row.words()).collect();
+        // Pairs are read as one number of 8 bytes.
+        let mut section = |numbers: &mut dyn Iterator<Item = u32>| {
+            words.resize(words.len().next_multiple_of(4), 0);
+            let start = words.len();
+            words.extend(numbers);
+            (start * size_of::<u32>()) as u64
         };
+        let tables = section(&mut plan.tables.iter().copied());
+        let groups = section(&mut plan.groups.iter().flat_map(|p| [p.a, p.b]));
+        let items = plan.items.iter();
+        let items = section(&mut items.flat_map(Item::words));
+        let of_row = section(&mut plan.of_row.iter().flat_map(|p| [p.a, p.b]));
+        let counters = (plan.rows.len() * lanes).max(1);
+        let arrived = section(&mut std::iter::repeat_n(0, counters));
+        let words = stream.clone_htod(&words)?;
+        let base = address(&words, stream);
         Ok(Self {
-            rows: stream.clone_htod(&plan.rows)?,
-            tables: stream.clone_htod(&plan.tables)?,
-            groups: stream.clone_htod(groups)?,
-            items: stream.clone_htod(&plan.items)?,
-            of_row: stream.clone_htod(&plan.of_row)?,
-            arrived: stream.alloc_zeros((plan.rows.len() * lanes).max(1))?,
+            words,
+            tables: base + tables,
+            groups: base + groups,
+            items: base + items,
+            of_row: base + of_row,
+            arrived: base + arrived,
             num_groups: plan.groups.len(),
             num_items: plan.items.len(),
             num_rows: plan.rows.len(),
             longest: plan.longest,
+            seals_new: plan.seals_new,
         })
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.words.num_bytes()
     }
 }
 
@@ -184,51 +274,53 @@ impl DeviceLayer {
     /// If there is not enough memory.
     pub fn new(
         kernels: &Kernels,
-        spec: LayerSpec,
+        shape: LayerShape,
         dtype: Dtype,
         num_heads: usize,
         num_blocks: usize,
         chunks: usize,
     ) -> Result<Self> {
         let stream = &kernels.stream;
-        let layout = &spec.layout;
-        let width = layout.k_dim + layout.v_dim;
-        let places = num_blocks * layout.num_kv_heads * layout.outliers;
-        let free: Vec<u32> = (0..places.max(1) as u32).rev().collect();
+        let places = (num_blocks * shape.places()).max(1);
+        let own: Vec<u32> = (0..places as u32).collect();
         let suffix = dtype.suffix();
         let kernel = |module: &Arc<CudaModule>, name: &str| {
             let name = format!("ott_{name}_{suffix}");
             module.load_function(&name).context(name)
         };
-        let tuned = tuned(kernels, &spec, dtype)?;
-        let per_multiprocessor = match &tuned {
-            Some((function, shared)) => function.occupancy_max_active_blocks_per_multiprocessor(
-                THREADS,
-                *shared as usize,
-                None,
-            )?,
+        let narrow = tuned(kernels, &shape, dtype, NARROW)?;
+        let wide = match num_heads / shape.num_kv_heads > NARROW {
+            true => tuned(kernels, &shape, dtype, WIDE)?,
+            false => None,
+        };
+        let per_multiprocessor = match &narrow {
+            Some(tuned) => {
+                let function = &tuned.function;
+                let shared = tuned.shared as usize;
+                function.occupancy_max_active_blocks_per_multiprocessor(THREADS, shared, None)?
+            }
             None => 8,
         };
         Ok(Self {
-            pages: stream.alloc_zeros(num_blocks * layout.page_bytes())?,
-            staging: stream.alloc_zeros(
-                chunks.max(1) * layout.num_kv_heads * crate::plan::CHUNK * width * dtype.size(),
-            )?,
-            traced: stream.alloc_zeros(places.max(1) * width * dtype.size())?,
-            places: stream.clone_htod(&vec![crate::abi::NONE; places.max(1)])?,
-            free_len: stream.clone_htod(&[free.len() as u32])?,
-            free: stream.clone_htod(&free)?,
-            status: stream.alloc_zeros(1)?,
+            pages: stream.alloc_zeros(num_blocks * shape.page_bytes())?,
+            staging: stream.alloc_zeros(chunks.max(1) * shape.chunk_bytes(dtype.size()))?,
+            traced: stream.alloc_zeros(places * shape.width() * dtype.size())?,
+            places: stream.clone_htod(&own)?,
+            faults: Arc::clone(&kernels.faults),
             stream: Arc::clone(stream),
+            count: kernels.count.load_function("ott_count")?,
             store: kernel(&kernels.store, "store")?,
             trace: kernel(&kernels.seal, "trace")?,
             quantize: kernel(&kernels.seal, "quantize")?,
+            boost: kernel(&kernels.seal, "boost")?,
+            rotate: kernel(&kernels.store, "rotate")?,
             clear_decode: kernel(&kernels.decode, "decode")?,
-            tuned_decode: tuned,
+            tuned_decode: narrow,
+            wide_decode: wide,
             merge: kernel(&kernels.decode, "merge")?,
             gather: kernel(&kernels.decode, "gather")?,
             slots: per_multiprocessor as usize * kernels.multiprocessors,
-            spec,
+            shape,
             dtype,
             num_heads,
         })
@@ -236,9 +328,7 @@ impl DeviceLayer {
 
     /// Blocks of threads per item, and how many the device runs at once: what [`Plan::new`] asks for.
     pub fn lanes_and_slots(&self) -> (usize, usize) {
-        let kv_heads = self.spec.layout.num_kv_heads;
-        let tiles = (self.num_heads / kv_heads).div_ceil(QUERIES);
-        (kv_heads * tiles, self.slots)
+        (lanes(self.num_heads, self.shape.num_kv_heads), self.slots)
     }
 
     /// Whether the tensor-core kernel serves this layer.
@@ -252,36 +342,92 @@ impl DeviceLayer {
             + self.staging.num_bytes()
             + self.traced.num_bytes()
             + self.places.num_bytes()
-            + self.free.num_bytes()
     }
 
-    /// Seal the groups that leave the window and store the rest of the new tokens.
+    /// Seal the groups that leave the window and store the rest of the new tokens. Values come in the model's basis.
     ///
     /// # Errors
     /// If the driver fails.
     pub fn append(&self, plan: &DevicePlan, k: Fresh, v: Fresh) -> Result<()> {
         let layer = self.abi();
-        let layout = &self.spec.layout;
-        let heads = layout.num_kv_heads as u32;
-        let rows = plan.num_rows as u32;
-        if plan.num_groups > 0 {
-            if layout.outliers > 0 {
-                let mut launch = self.stream.launch_builder(&self.trace);
-                let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
-                // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
-                unsafe { args.arg(&k).arg(&v).launch(grid(heads, rows, 1)) }?;
-            }
-            let per_group = (layout.k_dim + layout.group_size).div_ceil(HALF_WARPS) as u32;
-            let mut launch = self.stream.launch_builder(&self.quantize);
-            let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
+        if plan.num_groups > 0 && plan.seals_new && self.shape.rotate {
+            let shape = (plan.num_rows, self.shape.num_kv_heads, plan.longest);
+            let len = shape.0 * shape.1 * shape.2 * self.shape.v_dim * self.dtype.size();
+            // SAFETY: `rotate` writes all of it before anything reads.
+            let rotated = unsafe { self.stream.alloc::<u8>(len) }?;
+            let turned = self.rotate(shape, v, address(&rotated, &self.stream))?;
+            self.seal(plan, &layer, k, turned)?;
+        } else if plan.num_groups > 0 {
+            self.seal(plan, &layer, k, v)?;
+        }
+        self.store(plan, &layer, k, v)
+    }
+
+    /// Values `(rows, kv_heads, tokens, v_dim)` from one basis into the other; `to` is contiguous and may be where they
+    /// are. What was written, to be read from.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn rotate(&self, shape: (usize, usize, usize), from: Fresh, to: u64) -> Result<Fresh> {
+        let (rows, heads, tokens) = shape;
+        let v_dim = self.shape.v_dim;
+        let size = v_dim as u32;
+        let mut launch = self.stream.launch_builder(&self.rotate);
+        let args = launch.arg(&from).arg(&to).arg(&size);
+        let grid = grid(tokens as u32, heads as u32, rows as u32);
+        // SAFETY: the arguments are the kernel's; the caller's memory has this shape.
+        unsafe { args.launch(grid) }?;
+        Ok(Fresh {
+            data: to,
+            row: (heads * tokens * v_dim) as i64,
+            head: (tokens * v_dim) as i64,
+            token: v_dim as i64,
+        })
+    }
+
+    fn seal(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+        let shape = &self.shape;
+        let (heads, groups) = (shape.num_kv_heads as u32, plan.num_groups as u32);
+        if shape.outliers > 0 {
+            let mut launch = self.stream.launch_builder(&self.trace);
+            let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
+            let grid = grid(heads, plan.num_rows as u32, 1);
+            // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
+            unsafe { args.arg(&k).arg(&v).launch(grid) }?;
+        }
+        let per_group = (shape.k_dim + shape.group_size).div_ceil(HALF_WARPS) as u32;
+        let mut launch = self.stream.launch_builder(&self.quantize);
+        let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
+        let args = args.arg(&plan.groups).arg(&k).arg(&v);
+        // SAFETY: as above.
+        unsafe { args.launch(grid(per_group, heads, groups)) }?;
+        if shape.boosted > 0 {
+            let mut launch = self.stream.launch_builder(&self.boost);
+            let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
             let args = args.arg(&plan.groups).arg(&k).arg(&v);
+            let grid = LaunchConfig {
+                block_dim: (BOOSTERS, 1, 1),
+                ..grid(heads, groups, 1)
+            };
             // SAFETY: as above.
-            unsafe { args.launch(grid(per_group, heads, plan.num_groups as u32)) }?;
+            unsafe { args.launch(grid) }?;
+        }
+        Ok(())
+    }
+
+    fn store(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+        if plan.longest == 0 {
+            return Ok(());
+        }
+        let heads = self.shape.num_kv_heads as u32;
+        let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
+        if longest == 0 {
+            return Ok(());
         }
         let mut launch = self.stream.launch_builder(&self.store);
-        let args = launch.arg(&layer).arg(&plan.rows).arg(&k).arg(&v);
+        let args = launch.arg(layer).arg(&plan.words).arg(&k).arg(&v);
         // SAFETY: as above.
-        unsafe { args.launch(grid(plan.longest as u32, heads, rows)) }?;
+        unsafe { args.launch(grid(longest, heads, rows)) }?;
         Ok(())
     }
 
@@ -291,48 +437,54 @@ impl DeviceLayer {
     /// If the driver fails.
     pub fn decode(&self, plan: &DevicePlan, query: Query, tuned: bool) -> Result<()> {
         let layer = self.abi();
-        let layout = &self.spec.layout;
+        let shape = &self.shape;
         let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
-        let kv_heads = layout.num_kv_heads as u32;
-        if let (Some((function, shared)), true) = (&self.tuned_decode, tuned) {
-            let tiles = heads.div_ceil(kv_heads).div_ceil(QUERIES as u32);
+        let kv_heads = shape.num_kv_heads as u32;
+        let narrow = lanes(self.num_heads, shape.num_kv_heads);
+        // As long as the device has room, heads are spread; then a page is read once for more of them.
+        let tuned_decode = match plan.num_items * narrow > self.slots {
+            true => self.wide_decode.as_ref().or(self.tuned_decode.as_ref()),
+            false => self.tuned_decode.as_ref(),
+        };
+        if let (Some(kernel), true) = (tuned_decode, tuned) {
+            let ratio = self.num_heads / shape.num_kv_heads;
             let config = LaunchConfig {
-                shared_mem_bytes: *shared,
-                ..grid(items, kv_heads, tiles)
+                shared_mem_bytes: kernel.shared,
+                ..grid(items, kv_heads, ratio.div_ceil(kernel.heads) as u32)
             };
             let query = Query {
-                arrived: address(&plan.arrived, &self.stream),
+                arrived: plan.arrived,
                 ..query
             };
-            let mut launch = self.stream.launch_builder(function);
-            let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
+            let mut launch = self.stream.launch_builder(&kernel.function);
+            let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
             let args = args.arg(&plan.items).arg(&plan.of_row).arg(&query);
             // SAFETY: the arguments are the kernel's; the caller's `sums` has room for every item and head.
             unsafe { args.launch(config) }?;
             return Ok(());
         }
         let mut launch = self.stream.launch_builder(&self.clear_decode);
-        let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
+        let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
         let args = args.arg(&plan.items).arg(&query);
         // SAFETY: as above.
         unsafe { args.launch(grid(items, heads, 1)) }?;
-        let v_dim = layout.v_dim as u32;
         let mut launch = self.stream.launch_builder(&self.merge);
-        let args = launch.arg(&plan.of_row).arg(&query).arg(&v_dim);
+        let args = launch.arg(&layer).arg(&plan.of_row).arg(&query);
         // SAFETY: as above.
         unsafe { args.launch(grid(heads, plan.num_rows as u32, 1)) }?;
         Ok(())
     }
 
-    /// The past of one row as numbers: k `(kv_heads, past, k_dim)`, v `(kv_heads, past, v_dim)`.
+    /// The past of one row as numbers: k `(kv_heads, past, k_dim)`, v `(kv_heads, past, v_dim)`, values in the basis in
+    /// which they are kept ([`DeviceLayer::rotate`] turns them back).
     ///
     /// # Errors
     /// If the driver fails.
     pub fn gather(&self, plan: &DevicePlan, row: u32, past: u32, k: u64, v: u64) -> Result<()> {
         let layer = self.abi();
         let mut launch = self.stream.launch_builder(&self.gather);
-        let args = launch.arg(&layer).arg(&plan.rows).arg(&plan.tables);
-        let heads = self.spec.layout.num_kv_heads as u32;
+        let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
+        let heads = self.shape.num_kv_heads as u32;
         // SAFETY: the arguments are the kernel's; the caller's k and v have room for the past.
         unsafe { args.arg(&row).arg(&k).arg(&v).launch(grid(past, heads, 1)) }?;
         Ok(())
@@ -343,13 +495,41 @@ impl DeviceLayer {
     /// # Errors
     /// If so, or if the driver fails.
     pub fn check(&self) -> Result<()> {
-        match self.stream.clone_dtoh(&self.status)?[0] {
-            0 => Ok(()),
-            _ => bail!(
-                "layer {}: a key or value is not finite, or beyond f16",
-                self.spec.layer
-            ),
+        match self.faults.take()? {
+            None => Ok(()),
+            Some(layer) => bail!("layer {layer}: a key or value is not finite, or beyond f16"),
         }
+    }
+
+    /// Wait for the device, and count over the pages of `blocks`: traced tokens, parts of a head after which tracing has
+    /// stopped, and most places of the extra store that are taken.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn count(&self, blocks: &[u32]) -> Result<[u32; 3]> {
+        if blocks.is_empty() || self.shape.outliers == 0 {
+            return Ok([0; 3]);
+        }
+        let (layer, n) = (self.abi(), blocks.len() as u32);
+        let blocks = self.stream.clone_htod(blocks)?;
+        let counts = self.stream.alloc_zeros::<u32>(3)?;
+        let parts = n as usize * self.shape.num_kv_heads;
+        let mut launch = self.stream.launch_builder(&self.count);
+        let args = launch.arg(&layer).arg(&blocks).arg(&n).arg(&counts);
+        // SAFETY: the arguments are the kernel's; the blocks are this layer's.
+        unsafe { args.launch(grid(parts.div_ceil(THREADS as usize) as u32, 1, 1)) }?;
+        let counts = self.stream.clone_dtoh(&counts)?;
+        Ok([counts[0], counts[1], counts[2]])
+    }
+
+    /// Wait for the device, and copy one block's page.
+    ///
+    /// # Errors
+    /// If there is no such block, or the driver fails.
+    pub fn page(&self, block: usize) -> Result<Vec<u8>> {
+        let bytes = self.shape.page_bytes();
+        let page = self.pages.try_slice(block * bytes..(block + 1) * bytes);
+        Ok(self.stream.clone_dtoh(&page.context("no such block")?)?)
     }
 
     /// All traced tokens and their places, for tests: `(places, k then v)` as bytes.
@@ -362,24 +542,24 @@ impl DeviceLayer {
     }
 
     fn abi(&self) -> Layer {
-        let (layout, config) = (&self.spec.layout, &self.spec.config);
+        let shape = &self.shape;
         Layer {
             pages: address(&self.pages, &self.stream),
             staging: address(&self.staging, &self.stream),
             traced: address(&self.traced, &self.stream),
             places: address(&self.places, &self.stream),
-            free: address(&self.free, &self.stream),
-            free_len: address(&self.free_len, &self.stream),
-            status: address(&self.status, &self.stream),
-            kv_heads: layout.num_kv_heads as u32,
-            k_dim: layout.k_dim as u32,
-            v_dim: layout.v_dim as u32,
-            group: layout.group_size as u32,
-            k_bits: layout.k_bits.into(),
-            v_bits: layout.v_bits.into(),
-            outliers: layout.outliers as u32,
-            extra: config.extra as u32,
-            clip: (config.clip == Clip::Keys).into(),
+            status: self.faults.address(self.shape.layer),
+            kv_heads: shape.num_kv_heads as u32,
+            k_dim: shape.k_dim as u32,
+            v_dim: shape.v_dim as u32,
+            group: shape.group_size as u32,
+            k_bits: shape.k_bits.into(),
+            v_bits: shape.v_bits.into(),
+            outliers: shape.outliers as u32,
+            extra: shape.extra as u32,
+            clip: shape.clip.into(),
+            boosted: shape.boosted as u32,
+            rotate: shape.rotate.into(),
         }
     }
 }
@@ -389,29 +569,40 @@ pub fn address<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> u64 {
     slice.device_ptr(stream).0
 }
 
-/// The tensor-core kernel and its shared memory, if it serves this layer.
-fn tuned(kernels: &Kernels, spec: &LayerSpec, dtype: Dtype) -> Result<Option<(CudaFunction, u32)>> {
-    let layout = &spec.layout;
-    let (dim, bits) = (layout.k_dim, (layout.k_bits, layout.v_bits));
+/// The tensor-core kernel for blocks of `heads` query heads, if there is one for this layer.
+fn tuned(
+    kernels: &Kernels,
+    shape: &LayerShape,
+    dtype: Dtype,
+    heads: usize,
+) -> Result<Option<Tuned>> {
+    let (dim, bits) = (shape.k_dim, (shape.k_bits, shape.v_bits));
     let served = matches!(dim, 64 | 128)
-        && layout.v_dim == dim
-        && layout.group_size == 128
+        && shape.v_dim == dim
+        && shape.group_size == 128
         && matches!(bits, (2, 2) | (3, 2) | (3, 3) | (4, 2) | (4, 4))
         && dtype != Dtype::F32;
     if !served {
         return Ok(None);
     }
     let suffix = dtype.suffix();
-    let name = format!("ott_decode_mma_{suffix}_{dim}_{}_{}", bits.0, bits.1);
+    let name = format!(
+        "ott_decode_mma_{suffix}_{dim}_{}_{}_{heads}",
+        bits.0, bits.1
+    );
     let function = kernels.decode_mma.load_function(&name)?;
     let shared = format!("{name}_shared");
     let shared = kernels.decode_mma.get_global(&shared, &kernels.stream)?;
     let bytes = kernels.stream.clone_dtoh(&shared)?;
     let bytes = bytes.try_into().ok().context("a u32")?;
-    let bytes = u32::from_le_bytes(bytes);
+    let shared = u32::from_le_bytes(bytes);
     let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    function.set_attribute(most, bytes as i32)?;
-    Ok(Some((function, bytes)))
+    function.set_attribute(most, shared as i32)?;
+    Ok(Some(Tuned {
+        function,
+        shared,
+        heads,
+    }))
 }
 
 fn grid(x: u32, y: u32, z: u32) -> LaunchConfig {

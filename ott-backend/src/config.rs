@@ -46,8 +46,8 @@ pub struct OttConfig {
     pub clip: Clip,
     /// Basis of stored values.
     pub rotation: Rotation,
-    /// Of every 64 key channels, how many get a third bit, 0 to 32: in each page those that two bits
-    /// serve worst (Kitty, arXiv 2511.18643). Only with 2-bit keys.
+    /// Of every 64 key channels, how many get one more bit, 0 to 32: in each page those that `k_bits`
+    /// serve worst (Kitty, arXiv 2511.18643). Not with 8-bit keys.
     pub boost: usize,
 }
 
@@ -55,6 +55,12 @@ impl Default for OttConfig {
     /// What measures best at 2.5 page bits at most (docs/quality.md): the paper with clipped key
     /// ranges, rotated values, and a third bit for three sixteenths of the key channels.
     fn default() -> Self {
+        Self::two_bits()
+    }
+}
+
+impl OttConfig {
+    const fn two_bits() -> Self {
         Self {
             clip: Clip::Keys,
             rotation: Rotation::Values,
@@ -62,9 +68,7 @@ impl Default for OttConfig {
             ..Self::paper()
         }
     }
-}
 
-impl OttConfig {
     /// The paper to the letter (arXiv 2505.10938, section 4): G 128, R 32, N 3, extra 32, 2 bits.
     pub const fn paper() -> Self {
         Self {
@@ -92,7 +96,27 @@ impl OttConfig {
         }
     }
 
-    /// Read `[preset][,name=value]...`; the empty text is [`OttConfig::default`].
+    /// About 3 bits of a number: 3-bit keys, a fourth bit for three sixteenths of their channels, and
+    /// a window of 64 tokens.
+    pub const fn three_bits() -> Self {
+        Self {
+            k_bits: 3,
+            residual: 64,
+            ..Self::two_bits()
+        }
+    }
+
+    /// About 4.5 bits of a number, closer to full precision than fp8 is.
+    pub const fn four_bits() -> Self {
+        Self {
+            k_bits: 4,
+            v_bits: 4,
+            ..Self::two_bits()
+        }
+    }
+
+    /// Read `[preset][,name=value]...`; the empty text is [`OttConfig::default`]. A preset's `boost`
+    /// goes with its bits of keys: other bits begin without.
     ///
     /// # Errors
     /// If an option is unknown, given twice, out of range or contradicts another one; the message
@@ -100,12 +124,14 @@ impl OttConfig {
     pub fn parse(options: &str) -> Result<Self> {
         let mut config = Self::default();
         let mut seen: Vec<&str> = Vec::new();
+        let mut boosted_bits = config.k_bits;
         if options.trim().is_empty() {
             return Ok(config);
         }
         for (i, item) in options.split(',').map(str::trim).enumerate() {
             let Some((name, value)) = item.split_once('=') else {
                 config = Self::preset(item, i)?;
+                boosted_bits = config.k_bits;
                 continue;
             };
             let (name, value) = (name.trim(), value.trim());
@@ -123,12 +149,13 @@ impl OttConfig {
                 why: "`bits` sets both k_bits and v_bits: give it alone, or give those two",
             });
         }
-        if config.k_bits != 2 {
-            if given("boost") && config.boost > 0 {
-                return Err(Error::Contradiction {
-                    why: "`boost` gives 2-bit keys a third bit: leave it out, or set k_bits to 2",
-                });
-            }
+        if config.k_bits == 8 && given("boost") && config.boost > 0 {
+            return Err(Error::Contradiction {
+                why: "`boost` gives keys one more bit, and there is no ninth: leave it out, or \
+                      set k_bits to 2, 3 or 4",
+            });
+        }
+        if config.k_bits != boosted_bits && !given("boost") {
             config.boost = 0;
         }
         if config.outliers == 0 {
@@ -166,7 +193,7 @@ impl OttConfig {
         check(residual, "residual", self.residual, "a multiple of 32")?;
         check(self.outliers <= 16, "outliers", self.outliers, "0 to 16")?;
         check(self.extra <= 254, "extra", self.extra, "0 to 254")?;
-        let most = if self.k_bits == 2 { 32 } else { 0 };
+        let most = if self.k_bits == 8 { 0 } else { 32 };
         check(self.boost <= most, "boost", self.boost, BOOST)?;
         if self.residual > self.group_size {
             return Err(Error::ResidualTooLong {
@@ -185,7 +212,7 @@ impl OttConfig {
         }
     }
 
-    /// Key channels of a head of `k_dim` that get a third bit.
+    /// Key channels of a head of `k_dim` that get one more bit.
     pub fn boosted(&self, k_dim: usize) -> usize {
         self.boost * k_dim / 64
     }
@@ -194,6 +221,8 @@ impl OttConfig {
         let preset = match name {
             "paper" => Self::paper(),
             "kivi" => Self::kivi(),
+            "3bit" => Self::three_bits(),
+            "4bit" => Self::four_bits(),
             _ => {
                 return Err(Error::UnknownOption {
                     option: name.into(),
@@ -256,7 +285,7 @@ impl OttConfig {
 }
 
 const BITS: &str = "2, 3, 4 or 8";
-const BOOST: &str = "0 to 32 with k_bits=2, else 0";
+const BOOST: &str = "0 to 32, and 0 with k_bits=8";
 
 fn number<T: FromStr>(name: &str, value: &str, takes: &'static str) -> Result<T> {
     value.parse().map_err(|_| bad(name, value, takes))
@@ -293,9 +322,10 @@ impl fmt::Display for OttConfig {
             Rotation::None => ",rotate=none",
             Rotation::Values => ",rotate=v",
         })?;
-        match self.k_bits {
-            2 => write!(f, ",boost={}", self.boost),
-            _ => Ok(()),
+        match (self.k_bits, self.boost) {
+            // What other bits begin with.
+            (3.., 0) => Ok(()),
+            (_, boost) => write!(f, ",boost={boost}"),
         }
     }
 }
@@ -322,6 +352,11 @@ mod tests {
             "group=32,residual=0",
             "boost=32,rotate=none",
             "paper,boost=1",
+            "3bit",
+            "4bit",
+            "3bit,boost=0",
+            "3bit,k_bits=2",
+            "k_bits=4,boost=8",
         ] {
             let config = OttConfig::parse(options).expect("valid");
             assert_eq!(
@@ -341,6 +376,10 @@ mod tests {
             "bits=4",
             "k_bits=3, group=64",
             "kivi,outliers=3",
+            "3bit",
+            "4bit",
+            "3bit,k_bits=4",
+            "bits=3,boost=8",
         ]
         .iter()
         .map(|options| format!("{options:18} -> {}", parsed(options)))
@@ -352,6 +391,10 @@ mod tests {
         bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
         k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
         kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
+        3bit               -> k_bits=3,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
+        4bit               -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
+        3bit,k_bits=4      -> k_bits=4,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
+        bits=3,boost=8     -> k_bits=3,v_bits=3,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=8
         "#);
     }
 
@@ -374,7 +417,7 @@ mod tests {
             "clip=v",
             "rotate=k",
             "boost=33",
-            "bits=4,boost=8",
+            "bits=8,boost=8",
             "bits=2,k_bits=3",
             "kivi,extra=8",
             "paper,",
@@ -403,12 +446,12 @@ mod tests {
         extra=255            -> `extra=255`: extra takes 0 to 254
         clip=v               -> `clip=v`: clip takes none or k
         rotate=k             -> `rotate=k`: rotate takes none or v
-        boost=33             -> `boost=33`: boost takes 0 to 32 with k_bits=2, else 0
-        bits=4,boost=8       -> `boost` gives 2-bit keys a third bit: leave it out, or set k_bits to 2
+        boost=33             -> `boost=33`: boost takes 0 to 32, and 0 with k_bits=8
+        bits=8,boost=8       -> `boost` gives keys one more bit, and there is no ninth: leave it out, or set k_bits to 2, 3 or 4
         bits=2,k_bits=3      -> `bits` sets both k_bits and v_bits: give it alone, or give those two
         kivi,extra=8         -> without outliers nothing is traced: leave extra and exempt_layers out, or set outliers to 1 or more
         paper,               -> the ott cache has no option ``
         "#);
-        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), rotate (none or v), boost (0 to 32, with 2-bit keys), each once, as name=value, separated by commas)");
+        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), rotate (none or v), boost (0 to 32, not with 8-bit keys), each once, as name=value, separated by commas)");
     }
 }

@@ -3,10 +3,10 @@
 use std::fmt;
 
 /// Options that [`OttConfig::parse`](crate::OttConfig::parse) knows, for messages.
-pub(crate) const VALID_OPTIONS: &str = "valid: a preset first (paper, kivi), then any of bits, \
+pub(crate) const VALID_OPTIONS: &str = "valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, \
      k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), \
      outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), rotate (none or v), \
-     boost (0 to 32, with 2-bit keys), each once, \
+     boost (0 to 32, not with 8-bit keys), each once, \
      as name=value, separated by commas";
 
 /// Everything this crate refuses.
@@ -160,6 +160,27 @@ pub enum Error {
         /// Rows planned.
         rows: usize,
     },
+    /// A key or value that is not finite, or beyond what f16 can hold, found after its step.
+    NotRepresentableBefore {
+        /// Layer.
+        layer: usize,
+    },
+    /// More than one token of a sequence in a step that is no prompt's.
+    DecodedTokens {
+        /// The host's sequence.
+        seq: usize,
+        /// Tokens of the step.
+        new: usize,
+    },
+    /// The GPU or its driver failed.
+    Cuda {
+        /// In the driver's words.
+        what: Box<str>,
+    },
+    /// Options that the kernels do not know.
+    NotOnCuda,
+    /// Layers on several devices.
+    Split,
     /// A device that no implementation serves.
     Device {
         /// Its kind.
@@ -310,9 +331,29 @@ impl Error {
             Self::NoSuchRow { row, rows } => {
                 write!(f, "row {row} asked of a step of {rows} rows")
             }
+            Self::NotRepresentableBefore { layer } => write!(
+                f,
+                "layer {layer}: in the step before this one a key or value was infinite, not a number or beyond the \
+                 range of f16, so that its group has no scale: what that step stored is forgotten"
+            ),
+            Self::DecodedTokens { seq, new } => write!(
+                f,
+                "sequence {seq} decodes {new} tokens in a step; on CUDA the ott cache takes one"
+            ),
+            Self::NotOnCuda => write!(
+                f,
+                "on CUDA the ott cache gives one more bit to key channels of 2 bits only: add `boost=0` to the options, \
+                 or run with --cpu"
+            ),
+            Self::Cuda { what } => write!(f, "the ott cache on CUDA: {what}"),
+            Self::Split => write!(
+                f,
+                "the layers of this model lie on several devices; the ott cache runs on one GPU, or on the CPU: load \
+                 the whole model on one device, or run with --cpu or without --kv-cache"
+            ),
             Self::Device { kind: "CUDA" } => write!(
                 f,
-                "the ott cache does not run on CUDA yet: its kernels are not joined to it. Run with --cpu"
+                "this build has no CUDA kernels of the ott cache: build with the feature `cuda`, or run with --cpu"
             ),
             Self::Device { kind } => write!(
                 f,

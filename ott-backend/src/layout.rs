@@ -70,9 +70,9 @@ pub struct PageLayout {
     pub slots: Range<usize>,
     /// Offset of the number of tokens displaced from the pool up to this page, or [`STOPPED`].
     pub extra: usize,
-    /// M: key channels with a third bit.
+    /// M: key channels with one more bit.
     pub boosted: usize,
-    /// Their third bits, packed along tokens like the high bits of 3-bit codes.
+    /// Their high bits, packed along tokens like the high bits of 3-bit codes.
     pub k_high: Range<usize>,
     /// Which they are, ascending, one u16 each.
     pub k_boosted: Range<usize>,

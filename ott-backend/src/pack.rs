@@ -27,10 +27,11 @@ pub fn pack(codes: &[u8], bits: u8, out: &mut [u8]) {
     }
 }
 
-/// Pack the high bits of 3-bit codes, as they lie behind the low ones; `out` has `n/8` bytes.
-pub fn pack_high(codes: &[u8], out: &mut [u8]) {
+/// Pack bit `bit` of codes, as the high bits of 3-bit codes lie behind the low ones; `out` has `n/8`
+/// bytes.
+pub fn pack_bits(codes: &[u8], bit: u8, out: &mut [u8]) {
     debug_assert!(out.len() == packed_len(codes.len(), 1));
-    planes(codes, 1, 2, out);
+    planes(codes, 1, bit, out);
 }
 
 /// Pack `bits` of each code, those from bit `from` on.

@@ -116,9 +116,11 @@ impl fmt::Display for Report<'_> {
             Rotation::None => "",
             Rotation::Values => ", values rotated",
         };
-        let boost = match c.boost {
-            0 => String::new(),
-            n => format!(", a third bit for {n} of 64 key channels"),
+        let boost = match (c.boost, c.k_bits) {
+            (0, _) => String::new(),
+            (n, 2) => format!(", a third bit for {n} of 64 key channels"),
+            (n, 3) => format!(", a fourth bit for {n} of 64 key channels"),
+            (n, _) => format!(", a fifth bit for {n} of 64 key channels"),
         };
         writeln!(
             f,

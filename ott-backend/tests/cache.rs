@@ -236,10 +236,19 @@ fn other_groups_windows_and_pools() {
 
 #[test]
 fn boosted_keys_and_rotated_values() {
-    for (boost, rotate) in [(12, false), (0, true), (12, true), (32, true)] {
+    let settings = [
+        (2, 12, false),
+        (2, 0, true),
+        (2, 12, true),
+        (2, 32, true),
+        (3, 12, true),
+        (4, 12, false),
+    ];
+    for (k_bits, boost, rotate) in settings {
         let v = if rotate { "v" } else { "none" };
-        let options = format!("paper,boost={boost},rotate={v}");
+        let options = format!("paper,k_bits={k_bits},boost={boost},rotate={v}");
         let rules = Rules {
+            k_bits,
             boost,
             rotate,
             ..RULES

@@ -7,7 +7,7 @@ mod reference;
 
 use half::{bf16, f16};
 use ott_backend::cpu::{Full, Keys, Values};
-use ott_backend::pack::{pack, pack_high, packed_len, unpack, unpack_f32};
+use ott_backend::pack::{pack, pack_bits, packed_len, unpack, unpack_f32};
 use ott_backend::{Clip, CpuOps};
 use reference::Range;
 
@@ -242,31 +242,30 @@ fn magnitudes() {
     });
 }
 
-/// Third bits of some channels: none, few, or half of them, by `seed`.
-struct Third {
+/// One more bit for some channels: none, few, or half of them, by `seed`.
+struct High {
     channels: Vec<usize>,
     boosted: Vec<u8>,
-    /// 0 or 4, `(M, tokens)`.
-    codes: Vec<u8>,
+    /// 0 or 1, `(M, tokens)`.
+    bits: Vec<u8>,
     packed: Vec<u8>,
 }
 
-fn third_bits(seed: usize, k_dim: usize, tokens: usize, bits: u8) -> Third {
-    let share = if bits == 2 { seed % 4 } else { 0 };
+fn high_bits(seed: usize, k_dim: usize, tokens: usize, bits: u8) -> High {
+    let share = if bits == 8 { 0 } else { seed % 4 };
     let count = [0, k_dim * 12 / 64, k_dim / 2, 1][share];
     let channels: Vec<usize> = (0..count).map(|i| i * k_dim / count).collect();
-    let codes = paint_codes(seed, count * tokens, 1);
-    let codes: Vec<u8> = codes.iter().map(|bit| bit << 2).collect();
-    let mut packed = vec![0; packed_len(codes.len(), 1)];
+    let bits = paint_codes(seed, count * tokens, 1);
+    let mut packed = vec![0; packed_len(bits.len(), 1)];
     let planes = packed.chunks_exact_mut(packed_len(tokens, 1));
-    for (codes, out) in codes.chunks_exact(tokens).zip(planes) {
-        pack_high(codes, out);
+    for (codes, out) in bits.chunks_exact(tokens).zip(planes) {
+        pack_bits(codes, 0, out);
     }
     let boosted = channels.iter().flat_map(|c| (*c as u16).to_le_bytes());
-    Third {
+    High {
         boosted: boosted.collect(),
         channels,
-        codes,
+        bits,
         packed,
     }
 }
@@ -284,15 +283,15 @@ fn scores_of_sealed_keys() {
                 }
                 let (scale, scale_bytes) = paint_f16(3, k_dim);
                 let (min, min_bytes) = paint_f16(5, k_dim);
-                let third = third_bits(tokens + n, k_dim, tokens, bits);
+                let boosted = high_bits(tokens + n, k_dim, tokens, bits);
                 let keys = Keys {
                     bits,
                     tokens,
                     codes: &packed,
                     scale: &scale_bytes,
                     min: &min_bytes,
-                    boosted: &third.boosted,
-                    high: &third.packed,
+                    boosted: &boosted.boosted,
+                    high: &boosted.packed,
                 };
                 let q = paint(7, n * k_dim);
                 let mut scores = vec![f32::NAN; n * tokens];
@@ -300,15 +299,16 @@ fn scores_of_sealed_keys() {
                 for (i, t) in (0..n).flat_map(|i| (0..tokens).map(move |t| (i, t))) {
                     let what = format!("{}: {bits} bits, query {i}, key {t}", ops.name);
                     let factor = |c: usize| f64::from(q[i * k_dim + c]) * scale[c];
-                    let worth = |m: usize| 4.0 * factor(third.channels[m]);
-                    let high = |m: usize| third.codes[m * tokens + t] >> 2;
+                    let value = f64::from(1u32 << bits);
+                    let worth = |m: usize| value * factor(boosted.channels[m]);
+                    let high = |m: usize| boosted.bits[m * tokens + t];
                     let terms = (0..k_dim).flat_map(|c| {
                         let base = f64::from(q[i * k_dim + c]) * min[c];
                         [factor(c) * f64::from(codes[c * tokens + t]), base]
                     });
-                    let beside = (0..third.channels.len()).map(|m| worth(m) * f64::from(high(m)));
+                    let beside = (0..boosted.channels.len()).map(|m| worth(m) * f64::from(high(m)));
                     let rows = (0..k_dim).map(|c| (factor(c), codes[c * tokens + t]));
-                    let high = (0..third.channels.len()).map(|m| (worth(m), high(m)));
+                    let high = (0..boosted.channels.len()).map(|m| (worth(m), high(m)));
                     let budget = Budget::of(terms.chain(beside))
                         .with_steps(ops, bits, rows)
                         .with_steps(ops, 1, high);

@@ -101,7 +101,8 @@ fn check_head(bytes: &[u8], layout: &PageLayout, want: &Head, rules: Rules, page
             let mut code = code_at(&k_codes[c * per_channel..], group, rules.k_bits, t);
             if let Some(i) = sealed.boosted.iter().position(|b| *b == c) {
                 let plane = &bytes[layout.k_high.clone()][i * group / 8..];
-                code |= ((plane[t % (group / 8)] >> (t / (group / 8))) & 1) << 2;
+                let bit = (plane[t % (group / 8)] >> (t / (group / 8))) & 1;
+                code |= bit << rules.k_bits;
             }
             assert_eq!(
                 code, sealed.k_codes[t][c],
@@ -133,7 +134,7 @@ fn check_head(bytes: &[u8], layout: &PageLayout, want: &Head, rules: Rules, page
         .collect();
     assert_eq!(
         boosted, sealed.boosted,
-        "page {page}: channels of three bits"
+        "page {page}: channels of one more bit"
     );
     if layout.outliers > 0 {
         let slots = bytes[layout.slots.clone()].iter().map(|s| usize::from(*s));
@@ -188,12 +189,19 @@ fn pages_are_the_references() {
             }
         }
         check_pages("paper", Rules::PAPER, &Model::new("").dims(256, 256), ops);
-        for (boost, k_dim) in [(12, 64), (32, 80), (5, 264)] {
+        for (k_bits, boost, k_dim) in [
+            (2, 12, 64),
+            (2, 32, 80),
+            (2, 5, 264),
+            (3, 12, 64),
+            (4, 9, 80),
+        ] {
             let rules = Rules {
                 boost,
+                k_bits,
                 ..Rules::PAPER
             };
-            let options = format!("paper,boost={boost}");
+            let options = format!("paper,k_bits={k_bits},boost={boost}");
             check_pages(&options, rules, &Model::new("").dims(k_dim, 64), ops);
         }
     }

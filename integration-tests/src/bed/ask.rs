@@ -29,12 +29,21 @@ pub struct Ask {
     pub body: Value,
 }
 
+/// How long prompts and answers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Length {
+    /// Up to 95 words, answered by up to 30 tokens.
+    Full,
+    /// Up to 45 words, answered by up to 8 tokens: many requests in little time.
+    Short,
+}
+
 /// One of the answers to a request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Choice {
-    /// All of it.
+    /// All of it, or the tool's name and arguments.
     pub text: String,
-    /// Each token with its log-probability.
+    /// Each token with its log-probability; none where a tool is called.
     pub tokens: Vec<(String, f32)>,
     /// Why it ended.
     pub finish: String,
@@ -62,23 +71,27 @@ impl Answer {
 }
 
 /// Requests of all kinds: long and short, some with the same beginning.
-pub fn asks(seed: u64, count: usize) -> Vec<Ask> {
-    (0..count).map(|i| ask(seed, i as u64)).collect()
+pub fn asks(seed: u64, count: usize, length: Length) -> Vec<Ask> {
+    (0..count).map(|i| ask(seed, i as u64, length)).collect()
 }
 
-fn ask(seed: u64, i: u64) -> Ask {
+fn ask(seed: u64, i: u64, length: Length) -> Ask {
+    let (words_of_prompt, max_tokens): (&[usize], &[usize]) = match length {
+        Length::Full => (&[4, 15, 40, 40, 60, 90], &[2, 8, 16, 30]),
+        Length::Short => (&[4, 4, 8, 15, 40], &[1, 2, 4, 8]),
+    };
     let pick = |what: u64, from: &[usize]| from[random(seed, &[9, i, what]) as usize % from.len()];
     let words: Vec<&str> = PROSE.split_whitespace().collect();
     // Few beginnings, so that prefixes are shared.
     let start = pick(0, &[0, 0, 40, 300]);
-    let len = pick(1, &[4, 15, 40, 40, 60, 90]);
+    let len = pick(1, words_of_prompt);
     let tail = random(seed, &[9, i, 2]) as usize % (words.len() - 5);
     let text = [&words[start..start + len], &words[tail..tail + 5]]
         .concat()
         .join(" ");
     let chat = random(seed, &[9, i, 3]).is_multiple_of(2);
     let mut body =
-        json!({"model": "default", "temperature": 0.0, "max_tokens": pick(4, &[2, 8, 16, 30])});
+        json!({"model": "default", "temperature": 0.0, "max_tokens": pick(4, max_tokens)});
     match chat {
         true => {
             body["messages"] = json!([{"role": "user", "content": text}]);
@@ -99,9 +112,25 @@ fn ask(seed: u64, i: u64) -> Ask {
             body["response_format"] =
                 json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
         }
+        6 if chat => call_a_tool(&mut body),
         _ => {}
     }
     Ask { chat, body }
+}
+
+/// Offer a tool, and allow no words but those that call it: a small model would not.
+fn call_a_tool(body: &mut Value) {
+    let city = json!({"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}},
+                      "required": ["city"], "additionalProperties": false});
+    let call = json!({"type": "object", "properties": {"name": {"const": "weather"}, "parameters": city},
+                      "required": ["name", "parameters"], "additionalProperties": false,
+                      "x-guidance": {"whitespace_flexible": false}});
+    body["tools"] = json!([{"type": "function",
+                            "function": {"name": "weather", "description": "Of a city", "parameters": city}}]);
+    body["grammar"] = json!({"type": "json_schema", "value": call});
+    body["max_tokens"] = json!(48);
+    // A streamed call comes at once, with the log-probability of its last token alone.
+    body["logprobs"] = json!(false);
 }
 
 impl Ask {
@@ -196,7 +225,14 @@ impl Ask {
             true => &message["content"],
             false => &choice["text"],
         };
-        text.as_str().unwrap_or_default().to_owned()
+        let called = message["tool_calls"].as_array().into_iter().flatten();
+        let called = called.map(|call| {
+            format!(
+                "{}({})",
+                call["function"]["name"], call["function"]["arguments"]
+            )
+        });
+        text.as_str().unwrap_or_default().to_owned() + &called.collect::<String>()
     }
 }
 
@@ -212,11 +248,14 @@ fn token(logprob: &Value) -> Option<(String, f32)> {
     Some((token.to_owned(), logprob["logprob"].as_f64()? as f32))
 }
 
-fn check(answer: Answer) -> Result<Answer> {
-    for choice in &answer.choices {
-        if choice.finish.is_empty() || choice.tokens.is_empty() {
+fn check(mut answer: Answer) -> Result<Answer> {
+    for choice in &mut answer.choices {
+        let empty = choice.tokens.is_empty() && choice.text.is_empty();
+        if choice.finish.is_empty() || empty {
             bail!("an answer is not complete: {choice:?}");
         }
+        // Blanks before the first word are streamed, and left out of an answer at once.
+        choice.text = choice.text.trim_start().to_owned();
     }
     ensure!(!answer.choices.is_empty(), "no answer");
     Ok(answer)

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use serde_json::Value;
 
-pub use ask::{asks, random, Answer, Ask, Choice};
+pub use ask::{asks, random, Answer, Ask, Choice, Length};
 pub use judge::{agree, TIE};
 
 use crate::server::Server;
@@ -28,6 +28,8 @@ pub struct Bed {
     pub seed: u64,
     /// Different requests.
     pub distinct: usize,
+    /// How long they and their answers are.
+    pub length: Length,
     /// Requests in all.
     pub requests: usize,
     /// And no longer than this.
@@ -38,7 +40,12 @@ pub struct Bed {
     pub judged_tokens: usize,
     /// By how much log-probabilities may differ.
     pub budget: f32,
+    /// Whether steps of the backend fail as asked: who is told so got no wrong answer.
+    pub faults: bool,
 }
+
+/// How `toy-faulty` says that it fails as asked.
+const AS_ASKED: &str = "toy-faulty: ";
 
 /// What came of it.
 #[derive(Clone, Debug, Default)]
@@ -51,6 +58,8 @@ pub struct Outcome {
     pub ties: usize,
     /// Clients that hung up in the middle.
     pub hung_up: usize,
+    /// Requests that ended with the error of a step that failed as asked.
+    pub failed: usize,
     /// The largest difference of a log-probability.
     pub largest: f32,
     /// What went wrong.
@@ -67,7 +76,7 @@ impl Bed {
     /// # Errors
     /// If the server does not answer one of the requests that are asked alone.
     pub fn run(&self, server: &Server) -> Result<Outcome> {
-        let asks = asks(self.seed, self.distinct);
+        let asks = asks(self.seed, self.distinct, self.length);
         let alone = |ask: &Ask| ask.answer(server).with_context(|| ask.body.to_string());
         let expected: Vec<Answer> = asks.iter().map(alone).collect::<Result<_>>()?;
         let outcome = Mutex::new(Outcome::default());
@@ -98,6 +107,10 @@ impl Bed {
         Ok(after.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
+    fn is_asked(&self, error: &anyhow::Error) -> bool {
+        self.faults && format!("{error:#}").contains(AS_ASKED)
+    }
+
     fn ask(
         &self,
         server: &Server,
@@ -117,6 +130,7 @@ impl Bed {
             let events = random(self.seed, &[3, number as u64]) as usize % 6;
             match ask.hang_up(server, events) {
                 Ok(()) => lock().hung_up += 1,
+                Err(error) if self.is_asked(&error) => lock().failed += 1,
                 Err(error) => wrong(format!("{error:#}")),
             }
             return;
@@ -127,6 +141,7 @@ impl Bed {
             false => ask.answer(server),
         };
         match answer {
+            Err(error) if self.is_asked(&error) => lock().failed += 1,
             Err(error) => wrong(format!("no answer: {error:#}")),
             Ok(_) if expected.tokens > self.judged_tokens => lock().answered += 1,
             Ok(mut answer) => {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use integration_tests::bed::{agree, Answer, Bed, Choice, Outcome, TIE};
+use integration_tests::bed::{agree, Answer, Bed, Choice, Length, Outcome, TIE};
 use integration_tests::model::smollm2;
 use integration_tests::server::Server;
 
@@ -12,11 +12,13 @@ use crate::alone;
 const BED: Bed = Bed {
     seed: 1,
     distinct: 8,
+    length: Length::Full,
     requests: 24,
     time: Duration::from_secs(120),
     clients: 8,
     judged_tokens: usize::MAX,
     budget: TIE,
+    faults: false,
 };
 
 fn run(bed: &Bed, server: &Server) -> Result<Outcome> {

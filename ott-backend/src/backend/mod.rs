@@ -1,5 +1,7 @@
 //! The seam: the host's words in, our words out. The only room that knows candle and the host.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod provider;
 mod stats;
 mod tensor;
@@ -64,12 +66,7 @@ impl<E: Activation> Inspect for OttBackend<E> {
 
 impl<E: Activation> KvCacheBackend for OttBackend<E> {
     fn begin_step(&self, plan: KvPlan) -> Result<Arc<dyn KvStep>> {
-        if plan.block_size != self.config.group_size {
-            return Err(seam(Error::PlanBlockSize {
-                plan: plan.block_size,
-                group: self.config.group_size,
-            }));
-        }
+        check_block_size(&plan, &self.config)?;
         self.cache.begin(&rows(&plan)).map_err(seam)?;
         Ok(Arc::new(OttStep {
             cache: Arc::clone(&self.cache),
@@ -100,7 +97,9 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
     }
 
     fn stats(&self) -> KvStats {
-        stats::stats(&self.cache, &self.config, self.page_bits)
+        let layers = 0..self.cache.num_layers();
+        let layers = layers.filter_map(|layer| Some(self.cache.layer(layer).ok()?.stats()));
+        stats::stats(&layers.collect::<Vec<_>>(), &self.config, self.page_bits)
     }
 }
 
@@ -262,6 +261,16 @@ fn turn_back<E: Activation>(x: &mut [E], v_dim: usize) {
         E::widen(x, &mut wide);
         rotate(&mut wide);
         E::narrow(&wide, x);
+    }
+}
+
+fn check_block_size(plan: &KvPlan, config: &OttConfig) -> Result<()> {
+    match plan.block_size == config.group_size {
+        true => Ok(()),
+        false => Err(seam(Error::PlanBlockSize {
+            plan: plan.block_size,
+            group: config.group_size,
+        })),
     }
 }
 

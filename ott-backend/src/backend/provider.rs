@@ -6,6 +6,8 @@ use candle_core::{DType, Device};
 use half::{bf16, f16};
 use mistralrs_kv_backend::{KvBackendProvider, KvCacheBackend, KvMemory, KvModelSource, KvShape};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{Activation, Inspect, OttBackend};
 use crate::cache::{Cache, LayerSpec};
 use crate::config::OttConfig;
@@ -48,7 +50,13 @@ impl OttProvider {
     ) -> Result<Arc<OttBackend<E>>> {
         let config = OttConfig::parse(&shape.options)?;
         let specs = specs(&config, shape)?;
-        let report = report::<E>(&config, &specs, shape, num_blocks);
+        let report = report(
+            &config,
+            &specs,
+            shape,
+            num_blocks,
+            cpu_memory::<E>(&specs, shape),
+        );
         let (description, page_bits) = (report.to_string(), report.page_bits);
         let backend = Arc::new(OttBackend {
             cache: Arc::new(Cache::new(specs, num_blocks, shape.max_seqs)),
@@ -57,11 +65,44 @@ impl OttProvider {
             description,
             page_bits,
         });
+        let inspect: Arc<dyn Inspect> = backend.clone();
+        self.remember(&inspect);
+        Ok(backend)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn open_cuda(
+        &self,
+        shape: &KvShape,
+        num_blocks: usize,
+        device: &candle_core::CudaDevice,
+    ) -> Result<Arc<cuda::CudaBackend>> {
+        let config = OttConfig::parse(&shape.options)?;
+        let specs = specs(&config, shape)?;
+        let memory = cuda::memory(&config, &specs, shape)?;
+        let report = report(&config, &specs, shape, num_blocks, memory);
+        let page_bits = report.page_bits;
+        let cache = cuda::CudaCache::new(&specs, shape, num_blocks, device)?;
+        let description = format!(
+            "{report}\n  on the GPU; {} of {} layers attend on tensor cores",
+            cache.tuned_layers(),
+            specs.len()
+        );
+        let backend = Arc::new(cuda::CudaBackend {
+            cache: Arc::new(cache),
+            config,
+            description,
+            page_bits,
+        });
+        let inspect: Arc<dyn Inspect> = backend.clone();
+        self.remember(&inspect);
+        Ok(backend)
+    }
+
+    fn remember(&self, cache: &Arc<dyn Inspect>) {
         let mut caches = self.caches.lock().unwrap_or_else(PoisonError::into_inner);
         caches.retain(|cache| cache.strong_count() > 0);
-        let inspect: Arc<dyn Inspect> = backend.clone();
-        caches.push(Arc::downgrade(&inspect));
-        Ok(backend)
+        caches.push(Arc::downgrade(cache));
     }
 }
 
@@ -96,16 +137,23 @@ impl KvBackendProvider for OttProvider {
     fn memory(&self, shape: &KvShape) -> anyhow::Result<KvMemory> {
         let config = OttConfig::parse(&shape.options)?;
         let specs = specs(&config, shape)?;
-        let (per_block, fixed) = match shape.dtype {
-            DType::F16 => Cache::<f16>::worst_bytes(&specs, shape.max_seqs),
-            DType::BF16 => Cache::<bf16>::worst_bytes(&specs, shape.max_seqs),
-            DType::F32 => Cache::<f32>::worst_bytes(&specs, shape.max_seqs),
+        #[cfg(feature = "cuda")]
+        if gpu(shape).is_some() {
+            return Ok(cuda::memory(&config, &specs, shape)?);
+        }
+        Ok(match shape.dtype {
+            DType::F16 => cpu_memory::<f16>(&specs, shape),
+            DType::BF16 => cpu_memory::<bf16>(&specs, shape),
+            DType::F32 => cpu_memory::<f32>(&specs, shape),
             other => return Err(dtype(other).into()),
-        };
-        Ok(KvMemory { per_block, fixed })
+        })
     }
 
     fn create(&self, shape: KvShape, num_blocks: usize) -> anyhow::Result<Arc<dyn KvCacheBackend>> {
+        #[cfg(feature = "cuda")]
+        if let Some(device) = gpu(&shape) {
+            return Ok(self.open_cuda(&shape, num_blocks, device)?);
+        }
         Ok(match shape.dtype {
             DType::F16 => self.open::<f16>(&shape, num_blocks)?,
             DType::BF16 => self.open::<bf16>(&shape, num_blocks)?,
@@ -121,6 +169,37 @@ fn dtype(dtype: DType) -> Error {
     }
 }
 
+fn cpu_memory<E: Activation>(specs: &[LayerSpec], shape: &KvShape) -> KvMemory {
+    let (per_block, fixed) = Cache::<E>::worst_bytes(specs, shape.max_seqs);
+    KvMemory { per_block, fixed }
+}
+
+/// The GPU on which the layers lie.
+#[cfg(feature = "cuda")]
+fn gpu(shape: &KvShape) -> Option<&candle_core::CudaDevice> {
+    match &shape.layers.first()?.device {
+        Device::Cuda(device) => Some(device),
+        _ => None,
+    }
+}
+
+/// One device that is served, for all layers.
+fn check_devices(shape: &KvShape) -> Result<()> {
+    for l in &shape.layers {
+        match l.device {
+            Device::Cuda(_) if !cfg!(feature = "cuda") => {
+                return Err(Error::Device { kind: "CUDA" })
+            }
+            Device::Metal(_) => return Err(Error::Device { kind: "Metal" }),
+            _ => {}
+        }
+        if !l.device.same_device(&shape.layers[0].device) {
+            return Err(Error::Split);
+        }
+    }
+    Ok(())
+}
+
 /// The layers, or why they are not served.
 fn specs(config: &OttConfig, shape: &KvShape) -> Result<Vec<LayerSpec>> {
     if shape.block_size != config.group_size {
@@ -129,13 +208,9 @@ fn specs(config: &OttConfig, shape: &KvShape) -> Result<Vec<LayerSpec>> {
             group: config.group_size,
         });
     }
+    check_devices(shape)?;
     let ops = CpuOps::best()?;
     let spec = |(layer, l): (usize, &mistralrs_kv_backend::KvLayer)| {
-        match l.device {
-            Device::Cpu => {}
-            Device::Cuda(_) => return Err(Error::Device { kind: "CUDA" }),
-            Device::Metal(_) => return Err(Error::Device { kind: "Metal" }),
-        }
         if l.num_kv_heads == 0 || !l.num_heads.is_multiple_of(l.num_kv_heads) {
             return Err(Error::Heads {
                 layer,
@@ -153,11 +228,12 @@ fn specs(config: &OttConfig, shape: &KvShape) -> Result<Vec<LayerSpec>> {
     shape.layers.iter().enumerate().map(spec).collect()
 }
 
-fn report<'a, E: Activation>(
+fn report<'a>(
     config: &'a OttConfig,
     specs: &[LayerSpec],
     shape: &KvShape,
     num_blocks: usize,
+    memory: KvMemory,
 ) -> Report<'a> {
     let numbers: usize = specs
         .iter()
@@ -165,14 +241,13 @@ fn report<'a, E: Activation>(
         .sum();
     let page_bytes: usize = specs.iter().map(|s| s.layout.page_bytes()).sum();
     let blocks = num_blocks.saturating_sub(1);
-    let (per_block, fixed) = Cache::<E>::worst_bytes(specs, shape.max_seqs);
     let pool_bytes = num_blocks * page_bytes;
     Report {
         config,
         layers: specs.len(),
         blocks,
         pool_bytes,
-        window_bytes: num_blocks * per_block + fixed - pool_bytes,
+        window_bytes: num_blocks * memory.per_block + memory.fixed - pool_bytes,
         max_seqs: shape.max_seqs,
         page_bits: (page_bytes * 8) as f64 / (numbers * config.group_size).max(1) as f64,
         f16_token_bytes: numbers * 2,
@@ -225,6 +300,7 @@ mod tests {
             provider.memory(&shape(|s| s.dtype = DType::U8)).map(drop),
             provider.memory(&shape(|s| s.block_size = 64)).map(drop),
             Err(Error::Device { kind: "CUDA" }.into()),
+            Err(Error::Split.into()),
             Err(Error::Device { kind: "Metal" }.into()),
             Err(Error::CpuOps {
                 name: "sse9".into(),
@@ -240,7 +316,8 @@ mod tests {
         layer 0 has 10 query heads for 3 key/value heads, which is no whole ratio: run this model without --kv-cache
         the ott cache takes activations in f16, bf16 or f32, not u8
         blocks of 64 tokens were asked for, but a block of the ott cache is one group of 128: leave the block size out, or set `group` to it (32, 64 or 128)
-        the ott cache does not run on CUDA yet: its kernels are not joined to it. Run with --cpu
+        this build has no CUDA kernels of the ott cache: build with the feature `cuda`, or run with --cpu
+        the layers of this model lie on several devices; the ott cache runs on one GPU, or on the CPU: load the whole model on one device, or run with --cpu or without --kv-cache
         the ott cache does not run on Metal. Run with --cpu, or without --kv-cache
         OTT_CPU=sse9: this machine has no such inner loops. It has scalar, avx2; without OTT_CPU the last one is taken
         "#);

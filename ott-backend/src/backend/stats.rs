@@ -2,7 +2,7 @@
 
 use mistralrs_kv_backend::{KvGauge, KvStats};
 
-use crate::cache::{Cache, Element, LayerStats};
+use crate::cache::LayerStats;
 use crate::config::OttConfig;
 
 /// A gauge: name, help, and the number of one layer.
@@ -40,11 +40,8 @@ const GAUGES: [Count; 5] = [
     ),
 ];
 
-/// The state of a cache.
-pub(super) fn stats<E: Element>(cache: &Cache<E>, config: &OttConfig, page_bits: f64) -> KvStats {
-    let layers: Vec<LayerStats> = (0..cache.num_layers())
-        .filter_map(|layer| Some(cache.layer(layer).ok()?.stats()))
-        .collect();
+/// The state of a cache of these layers.
+pub(super) fn stats(layers: &[LayerStats], config: &OttConfig, page_bits: f64) -> KvStats {
     let gauge = |(name, help, count): Count| KvGauge {
         name,
         help,

@@ -87,7 +87,7 @@ pub struct Cache<E> {
 }
 
 /// No predecessor: the padding block never holds tokens.
-const NO_BLOCK: u32 = 0;
+pub const NO_BLOCK: u32 = 0;
 
 impl<E: Element> Cache<E> {
     /// Bytes of one block and bytes beside the blocks, over all layers, at worst.
@@ -124,7 +124,7 @@ impl<E: Element> Cache<E> {
     /// # Errors
     /// If blocks or tokens are missing, or a block is written twice or is sealed.
     pub fn begin(&self, rows: &[Row<'_>]) -> Result<()> {
-        self.check_tables(rows)?;
+        check_tables(rows, self.group_size, self.num_blocks)?;
         for layer in &self.layers {
             let mut layer = write(layer);
             rows.iter().try_for_each(|row| layer.check(row))?;
@@ -234,38 +234,39 @@ impl<E: Element> Cache<E> {
             layers: self.layers.len(),
         })
     }
+}
 
-    fn check_tables(&self, rows: &[Row<'_>]) -> Result<()> {
-        if rows.is_empty() {
-            return Err(Error::EmptyPlan);
-        }
-        let mut written = std::collections::HashSet::new();
-        for row in rows {
-            let (seq, past, new) = (row.seq, row.past, row.new);
-            let Some(blocks) = row.table.get(..row.end().div_ceil(self.group_size)) else {
-                return Err(Error::ShortTable {
-                    seq,
-                    past,
-                    new,
-                    blocks: row.table.len(),
-                    group: self.group_size,
-                });
-            };
-            let outside = |b: &&usize| !(1..self.num_blocks).contains(*b);
-            if let Some(&block) = blocks.iter().find(outside) {
-                return Err(Error::NoSuchBlock {
-                    block,
-                    num_blocks: self.num_blocks,
-                });
-            }
-            for &block in &blocks[past / self.group_size..] {
-                if !written.insert(block) {
-                    return Err(Error::SharedWrite { block, seq });
-                }
-            }
-        }
-        Ok(())
+/// Whether the tables of a step cover its tokens and no block is written twice.
+///
+/// # Errors
+/// Naming the sequence or the block.
+pub fn check_tables(rows: &[Row<'_>], group_size: usize, num_blocks: usize) -> Result<()> {
+    if rows.is_empty() {
+        return Err(Error::EmptyPlan);
     }
+    let mut written = std::collections::HashSet::new();
+    for row in rows {
+        let (seq, past, new) = (row.seq, row.past, row.new);
+        let Some(blocks) = row.table.get(..row.end().div_ceil(group_size)) else {
+            return Err(Error::ShortTable {
+                seq,
+                past,
+                new,
+                blocks: row.table.len(),
+                group: group_size,
+            });
+        };
+        let outside = |b: &&usize| !(1..num_blocks).contains(*b);
+        if let Some(&block) = blocks.iter().find(outside) {
+            return Err(Error::NoSuchBlock { block, num_blocks });
+        }
+        for &block in &blocks[past / group_size..] {
+            if !written.insert(block) {
+                return Err(Error::SharedWrite { block, seq });
+            }
+        }
+    }
+    Ok(())
 }
 
 // A lock is poisoned by a panic that ended a request; `reset` brings a sane state.

@@ -8,7 +8,7 @@ use crate::config::{Clip, OttConfig};
 use crate::cpu::CpuOps;
 use crate::error::{Error, Result};
 use crate::layout::{put_f16, PageLayout};
-use crate::pack::{pack, pack_high, packed_len};
+use crate::pack::{pack, pack_bits, packed_len};
 use crate::quantize::squared_error;
 
 /// What never changes about a layer.
@@ -196,13 +196,11 @@ fn quantize_keys(spec: &LayerSpec, traced: &[u8], k: &[f32], bytes: &mut [u8]) -
     }
     for (i, c) in worst(&errors, layout.boosted).into_iter().enumerate() {
         let x = &k[c * layout.group_size..][..layout.group_size];
-        let affine = (spec.ops.quantize_group)(x, &weight, 3, clip, &mut codes)?;
-        let high = layout.k_channel_bytes() / 2;
-        pack_high(
-            &codes,
-            &mut bytes[layout.k_high.clone()][i * high..][..high],
-        );
-        codes.iter_mut().for_each(|code| *code &= 3);
+        let affine = (spec.ops.quantize_group)(x, &weight, bits + 1, clip, &mut codes)?;
+        let high = packed_len(layout.group_size, 1);
+        let plane = &mut bytes[layout.k_high.clone()][i * high..][..high];
+        pack_bits(&codes, bits, plane);
+        codes.iter_mut().for_each(|code| *code &= (1u8 << bits) - 1);
         pack(
             &codes,
             bits,

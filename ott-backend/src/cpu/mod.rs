@@ -43,7 +43,7 @@ pub struct Keys<'a> {
     pub scale: &'a [u8],
     /// `(k_dim)` f16, little-endian.
     pub min: &'a [u8],
-    /// `(M)` u16, little-endian: channels whose codes have a third bit, worth 4. Others than
+    /// `(M)` u16, little-endian: channels whose codes have one more bit, worth 2^bits. Others than
     /// `0..k_dim` count nothing.
     pub boosted: &'a [u8],
     /// `(M, tokens)`: these bits, packed along tokens.

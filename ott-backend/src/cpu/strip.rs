@@ -16,13 +16,13 @@ pub const COLUMNS: usize = 128;
 /// Rows of codes that share their columns.
 #[derive(Clone, Copy, Debug)]
 pub struct Strip<'a> {
-    /// Bits per code; 1 for third bits of keys.
+    /// Bits per code; 1 for high bits of boosted keys.
     pub bits: u8,
     /// From the first row's first byte on.
     pub codes: &'a [u8],
     /// Bytes from a row to the next.
     pub stride: usize,
-    /// Up to [`ROWS`]; a multiple of 8, but for third bits, whose `scale` and `min` go on to one.
+    /// Up to [`ROWS`]; a multiple of 8, but for high bits, whose `scale` and `min` go on to one.
     pub rows: usize,
     /// Codes of a row, packed by themselves; up to [`COLUMNS`] and a multiple of 8.
     pub columns: usize,
@@ -112,12 +112,12 @@ pub fn sum_keys(
     }
 }
 
-/// Most rows and queries of a strip of third bits.
+/// Most rows and queries of a strip of high bits.
 const HIGH_ROWS: usize = 32;
 const HIGH_QUERIES: usize = 8;
 
-/// Third bits are a strip too: channels from the `start`-th boosted one on, for queries from `first`
-/// on. Their scales and the queries' numbers, times 4, are gathered.
+/// High bits are a strip too: channels from the `start`-th boosted one on, for queries from `first`
+/// on. Their scales and the queries' numbers, times what the bit is worth, are gathered.
 #[inline(always)]
 fn sum_high(
     keys: &Keys<'_>,
@@ -128,6 +128,7 @@ fn sum_high(
 ) {
     let rows = HIGH_ROWS.min(keys.boosted.len() / 2 - start);
     let queries = HIGH_QUERIES.min(q.len() - first);
+    let worth = f32::from(1u16 << keys.bits);
     let mut x = [0f32; HIGH_ROWS * HIGH_QUERIES];
     let mut scale = [0u8; 2 * HIGH_ROWS];
     let channels = keys.boosted.as_chunks::<2>().0[start..][..rows].iter();
@@ -144,7 +145,7 @@ fn sum_high(
     let numbers = q.x.chunks_exact(q.stride).skip(first);
     for (x, q) in x.chunks_exact_mut(rows).take(queries).zip(numbers) {
         for (x, c) in x.iter_mut().zip(channels.clone()) {
-            *x = 4.0 * q.get(c).copied().unwrap_or_default();
+            *x = worth * q.get(c).copied().unwrap_or_default();
         }
     }
     let stride = packed_len(keys.tokens, 1);

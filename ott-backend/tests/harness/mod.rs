@@ -23,6 +23,8 @@ pub struct Model {
     pub options: String,
     pub attn: KvAttn,
     pub max_seqs: usize,
+    /// Where the cache and its tensors lie.
+    pub device: Device,
 }
 
 impl Model {
@@ -41,6 +43,7 @@ impl Model {
                 softcap: None,
             },
             max_seqs: 8,
+            device: Device::Cpu,
         }
     }
 
@@ -71,7 +74,7 @@ impl Model {
             num_kv_heads: self.kv_heads,
             k_dim: self.k_dim,
             v_dim: self.v_dim,
-            device: Device::Cpu,
+            device: self.device.clone(),
         };
         KvShape {
             layers: vec![layer; self.layers],
@@ -99,7 +102,7 @@ impl Model {
             let numbers: Vec<f32> = places
                 .flat_map(|(h, t)| (0..dim).map(move |c| text.number(role, layer, h, t, c)))
                 .collect();
-            let x = Tensor::from_vec(numbers, (1, heads, to - from, dim), &Device::Cpu);
+            let x = Tensor::from_vec(numbers, (1, heads, to - from, dim), &self.device);
             x.unwrap().to_dtype(self.dtype).unwrap()
         };
         [

@@ -29,7 +29,7 @@ pub struct Rules {
     pub v_bits: u32,
     /// Scales and minima are rounded to f16 before codes are made from them.
     pub f16_ranges: bool,
-    /// Of every 64 key channels, how many get a third bit.
+    /// Of every 64 key channels, how many get one more bit.
     pub boost: usize,
     /// Values are quantised in another basis.
     pub rotate: bool,

@@ -1,9 +1,12 @@
 //! What a cache holds and what became of it, for those who watch a server.
 
+use std::any::Any;
 use std::fmt;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::Arc;
 
+use candle_core::{Error, Result};
 use serde::Serialize;
 
 use crate::{KvBackendSpec, KvCacheBackend};
@@ -113,12 +116,29 @@ impl KvMeter {
         self.counts.evicted_blocks.store(evicted, Relaxed);
     }
 
-    /// A step was begun; a forward pass through it ended.
-    pub fn step<T, E>(&self, begun: bool, result: Result<T, E>) -> Result<T, E> {
+    /// Begin a step, or do a layer of it. A panic is an error like others: it ends the requests of the step, not
+    /// the engine.
+    ///
+    /// # Errors
+    /// That of `call`, or what it panicked with.
+    pub fn step<T>(&self, begun: bool, call: impl FnOnce() -> Result<T>) -> Result<T> {
         self.counts.steps.fetch_add(usize::from(begun), Relaxed);
+        // What a panic leaves half done is written again or released by the host, as after an error.
+        let result = catch_unwind(AssertUnwindSafe(call));
+        let result = result.unwrap_or_else(|panic| Err(self.panicked(panic.as_ref())));
         let failed = usize::from(result.is_err());
         self.counts.failed_steps.fetch_add(failed, Relaxed);
         result
+    }
+
+    fn panicked(&self, panic: &(dyn Any + Send)) -> Error {
+        let text = panic.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+        let spec = self.pool.spec;
+        Error::Msg(format!(
+            "the KV-cache backend `{spec}` panicked: {}. This is a defect; the log says where.",
+            text.unwrap_or("it did not say why")
+        ))
     }
 
     /// All that is known now.

@@ -53,17 +53,21 @@ fn a_sequence_is_counted_and_told() -> anyhow::Result<()> {
         block_size: 4,
         rows: vec![row],
     };
-    let step = meter.step(true, meter.backend().begin_step(plan.clone()))?;
+    let step = meter.step(true, || meter.backend().begin_step(plan.clone()))?;
     let x = Tensor::zeros((1, 1, 6, 8), DType::F32, &Device::Cpu)?;
     for layer in 0..2 {
-        meter.step(false, step.append(layer, &x, &x))?;
+        meter.step(false, || step.append(layer, &x, &x))?;
     }
-    let failed: Result<()> = meter.step(false, step.append(2, &x, &x));
+    let failed: Result<()> = meter.step(false, || step.append(2, &x, &x));
     assert!(failed.is_err(), "there is no layer 2");
+    let panicked: Result<()> = meter.step(false, || panic!("{} is odd", 3));
+    let panicked = panicked.map_err(|error| error.to_string());
+    let words = "the KV-cache backend `toy-f32:block=4` panicked: 3 is odd. This is a defect; the log says where.";
+    assert_eq!(panicked.expect_err("it panicked"), words);
     meter.preempted();
 
     let report = meter.report();
-    assert_eq!((report.steps, report.failed_steps), (1, 1));
+    assert_eq!((report.steps, report.failed_steps), (1, 2));
     assert_eq!(report.stats.tokens, Some(6));
     assert!(report.bytes_held <= report.bytes_granted);
     let text = metrics(&[("C:\\a \"model\"".into(), report)])?;

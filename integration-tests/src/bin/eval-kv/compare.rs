@@ -71,6 +71,9 @@ pub struct Summary {
     pub ratio: f64,
     /// Mean divergence of each quarter of the text.
     pub quarters: [f64; 4],
+    /// Mean divergence of each 32nd of the text.
+    #[serde(default)]
+    pub by_position: Vec<f64>,
 }
 
 impl Summary {
@@ -87,6 +90,7 @@ impl Summary {
             sorted.get(at).copied().unwrap_or(f64::NAN)
         };
         let (loss, base) = (mean(samples, |s| s.loss), mean(samples, |s| s.base_loss));
+        let part = samples.len().div_ceil(32).max(1);
         let mut quarters = [0.0; 4];
         let size = samples.len().div_ceil(4).max(1);
         for (quarter, part) in quarters.iter_mut().zip(samples.chunks(size)) {
@@ -102,6 +106,7 @@ impl Summary {
             perplexity: loss.exp(),
             ratio: (loss - base).exp(),
             quarters,
+            by_position: samples.chunks(part).map(|p| mean(p, |s| s.kld)).collect(),
         }
     }
 }

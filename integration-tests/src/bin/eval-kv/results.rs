@@ -1,13 +1,16 @@
 //! What was measured: kept as JSON as soon as it is there, shown as Markdown and as a plot.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use integration_tests::report::Table;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::compare::Summary;
+use crate::greedy::Greedy;
+use crate::kept::{model_name, Kept};
+use crate::needle::Needles;
 use crate::{plot, Way};
 
 /// What was asked.
@@ -16,7 +19,7 @@ pub struct Key {
     pub model: String,
     pub text: String,
     pub tokens: usize,
-    /// `decode` or `pass`.
+    /// `decode`, `pass`, `batch` or `prefix`.
     pub way: String,
     pub base: String,
     pub spec: String,
@@ -41,11 +44,7 @@ pub struct Outcome {
 impl Outcome {
     pub fn key(model: &Path, text: &str, tokens: usize, way: Way, spec: &str, base: &str) -> Key {
         Key {
-            model: model
-                .file_stem()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned(),
+            model: model_name(model),
             text: text.to_owned(),
             tokens,
             way: format!("{way:?}").to_lowercase(),
@@ -56,31 +55,16 @@ impl Outcome {
 }
 
 /// All results of a folder.
-pub struct Results {
-    folder: Option<PathBuf>,
-    all: Vec<Outcome>,
-}
+pub struct Results(Kept<Outcome>);
 
 impl Results {
     /// What earlier runs left in `folder`.
     pub fn open(folder: Option<&Path>) -> Result<Self> {
-        let mut all = Vec::new();
-        if let Some(folder) = folder {
-            std::fs::create_dir_all(folder)?;
-            let path = folder.join("eval-kv.json");
-            if path.exists() {
-                all = serde_json::from_str(&std::fs::read_to_string(&path)?)
-                    .with_context(|| format!("{} is not ours", path.display()))?;
-            }
-        }
-        Ok(Self {
-            folder: folder.map(Path::to_owned),
-            all,
-        })
+        Ok(Self(Kept::open(folder, "eval-kv.json")?))
     }
 
     pub fn has(&self, key: &Key) -> bool {
-        self.all.iter().any(|outcome| outcome.key == *key)
+        self.0.all().iter().any(|outcome| outcome.key == *key)
     }
 
     /// Keep and write.
@@ -90,19 +74,18 @@ impl Results {
             "  {}: divergence {:.4}, top-1 {:.1} %, perplexity {:.2} (x {:.4}), {:.2} bits, {:.0} s",
             outcome.key.spec, s.mean, s.top1 * 100.0, s.perplexity, s.ratio, outcome.page_bits, outcome.seconds
         );
-        self.all.push(outcome);
-        if let Some(folder) = &self.folder {
-            let json = serde_json::to_string_pretty(&self.all)?;
-            std::fs::write(folder.join("eval-kv.json"), json)?;
-            std::fs::write(folder.join("eval-kv.md"), self.markdown())?;
-            std::fs::write(folder.join("eval-kv.svg"), plot::svg(&self.all))?;
-        }
-        Ok(())
+        self.0.add(outcome)?;
+        let all = self.0.all();
+        self.0.write("eval-kv.md", &self.markdown())?;
+        self.0.write("eval-kv.svg", &plot::bits(all))?;
+        self.0
+            .write("eval-kv-position.svg", &plot::positions(all))?;
+        self.0.write("eval-kv-layers.svg", &plot::layers(all))
     }
 
     /// A table for each model, text, length and way.
     pub fn markdown(&self) -> String {
-        let mut left: Vec<&Outcome> = self.all.iter().collect();
+        let mut left: Vec<&Outcome> = self.0.all().iter().collect();
         let mut text = String::new();
         while let Some(first) = left.first() {
             let alike = |o: &&Outcome| {
@@ -176,6 +159,40 @@ fn table(outcomes: &[&Outcome]) -> Table {
             "mean of quarters",
             "traced a layer: mean, most",
         ],
+        rows: rows.collect(),
+    }
+}
+
+/// Needles found, by depth.
+pub fn needles(all: &[Needles]) -> Table {
+    let rows = all.iter().map(|n| {
+        let marks: String = n.found.iter().map(|f| if *f { '+' } else { '-' }).collect();
+        let found = n.found.iter().filter(|f| **f).count();
+        let count = format!("{found} of {}", n.found.len());
+        vec![
+            json!(n.model),
+            json!(n.tokens),
+            json!(n.spec),
+            json!(count),
+            json!(marks),
+        ]
+    });
+    Table {
+        title: "Needles found, at depths of 5 to 95 %".to_owned(),
+        columns: vec!["model", "tokens", "cache", "found", "by depth"],
+        rows: rows.collect(),
+    }
+}
+
+/// Greedy answers.
+pub fn greedy(all: &[Greedy]) -> Table {
+    let rows = all.iter().map(|g| {
+        let agreed = format!("{} of {}", g.agreed, g.of);
+        vec![json!(g.model), json!(g.spec), json!(g.text), json!(agreed)]
+    });
+    Table {
+        title: "Greedy answers: tokens before the first that differs".to_owned(),
+        columns: vec!["model", "cache", "text", "agreed"],
         rows: rows.collect(),
     }
 }

@@ -5,6 +5,8 @@
 //! | `fail_layer=L` | `append` and `decode` fail in layer `L`; without it, `begin_step` fails | |
 //! | `fail_after_steps=S` | so many steps succeed first | 0 |
 //! | `fail_times=K` | so many steps fail, then all succeed again | 1 |
+//! | `fail_every=N` | and again after each N steps; 0: never again | 0 |
+//! | `fail_by=HOW` | with an `error`, or in a `panic` | `error` |
 //!
 //! Steps are counted over the life of the cache, whoever they belong to.
 
@@ -30,6 +32,8 @@ struct Fault {
     layer: Option<usize>,
     after_steps: usize,
     times: usize,
+    every: usize,
+    panic: bool,
 }
 
 impl Fault {
@@ -38,15 +42,22 @@ impl Fault {
             layer: None,
             after_steps: 0,
             times: 1,
+            every: 0,
+            panic: false,
         };
         for option in options.split(',').filter(|o| !o.is_empty()) {
+            if let Some(how @ ("error" | "panic")) = option.strip_prefix("fail_by=") {
+                fault.panic = how == "panic";
+                continue;
+            }
             match option.split_once('=').map(|(key, n)| (key, n.parse())) {
                 Some(("fail_layer", Ok(n))) => fault.layer = Some(n),
                 Some(("fail_after_steps", Ok(n))) => fault.after_steps = n,
                 Some(("fail_times", Ok(n))) => fault.times = n,
+                Some(("fail_every", Ok(n))) => fault.every = n,
                 _ => anyhow::bail!(
                     "toy-faulty does not know `{option}`; its options are `fail_layer=L`, \
-                     `fail_after_steps=S` and `fail_times=K`"
+                     `fail_after_steps=S`, `fail_times=K`, `fail_every=N` and `fail_by=error` or `panic`"
                 ),
             }
         }
@@ -54,7 +65,21 @@ impl Fault {
     }
 
     fn hits(self, step: usize) -> bool {
-        (self.after_steps..self.after_steps.saturating_add(self.times)).contains(&step)
+        let Some(since) = step.checked_sub(self.after_steps) else {
+            return false;
+        };
+        let since = match self.every {
+            0 => since,
+            every => since % every,
+        };
+        since < self.times
+    }
+
+    /// # Panics
+    /// If that was asked for.
+    fn fail<T>(self, what: String) -> Result<T> {
+        assert!(!self.panic, "toy-faulty: {what} panics, as asked");
+        bail!("toy-faulty: {what} fails, as asked")
     }
 }
 
@@ -102,8 +127,13 @@ impl KvCacheBackend for FaultyCache {
         let inner = self.cache.begin_step(plan)?;
         match (self.fault.hits(step), self.fault.layer) {
             (false, _) => Ok(inner),
-            (true, None) => bail!("toy-faulty: step {step} fails at its beginning, as asked"),
-            (true, Some(layer)) => Ok(Arc::new(FaultyStep { inner, step, layer })),
+            (true, None) => self.fault.fail(format!("the beginning of step {step}")),
+            (true, Some(layer)) => Ok(Arc::new(FaultyStep {
+                inner,
+                step,
+                layer,
+                fault: self.fault,
+            })),
         }
     }
 
@@ -141,15 +171,14 @@ struct FaultyStep {
     inner: Arc<dyn KvStep>,
     step: usize,
     layer: usize,
+    fault: Fault,
 }
 
 impl FaultyStep {
     fn check(&self, layer: usize) -> Result<()> {
         if layer == self.layer {
-            bail!(
-                "toy-faulty: step {} fails in layer {layer}, as asked",
-                self.step
-            );
+            let step = self.step;
+            return self.fault.fail(format!("layer {layer} of step {step}"));
         }
         Ok(())
     }

@@ -7,8 +7,8 @@ use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptu
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::f16;
 use ott_backend::cache::LayerSpec;
-use ott_backend::{CpuOps, PageLayout};
-use ott_kernels::abi::{Fresh, Query};
+use ott_backend::{CpuOps, OttConfig, PageLayout};
+use ott_kernels::abi::{Fresh, Query, PARTIAL};
 use ott_kernels::blocks::{Blocks, Step};
 use ott_kernels::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
 use ott_kernels::plan::{Plan, RowState};
@@ -81,7 +81,7 @@ fn cell(
     depth: usize,
 ) -> Result<Cell> {
     let stream = kernels.stream();
-    let config = crate::conformance::served(options)?;
+    let config = OttConfig::parse(options)?;
     let spec = LayerSpec {
         layer: 5,
         config,
@@ -100,7 +100,7 @@ fn cell(
     let layer = || {
         DeviceLayer::new(
             kernels,
-            spec.clone(),
+            crate::conformance::shape(&spec),
             Dtype::F16,
             num_heads,
             num_blocks,
@@ -166,7 +166,7 @@ fn cell(
     let plan = DevicePlan::upload(&Plan::new(&rows, GROUP, lanes, slots), lanes, stream)?;
     let q = stream.clone_htod(&values(&mut noise, batch * num_heads * dim))?;
     let out = stream.alloc_zeros::<u16>(batch * num_heads * dim)?;
-    let sums = stream.alloc_zeros::<f32>(plan.num_items * num_heads * (2 + dim))?;
+    let sums = stream.alloc_zeros::<f32>(plan.num_items * num_heads * (dim + PARTIAL))?;
     let query = Query {
         q: address(&q, stream),
         row: (num_heads * dim) as i64,

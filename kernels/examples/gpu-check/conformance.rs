@@ -1,5 +1,5 @@
-//! The kernels against the scalar code: pages byte for byte, traced tokens and the window bit for bit, attention within
-//! a budget.
+//! The kernels against the scalar code, on a GPU or on the shim (`tests/shim`): pages byte for byte, traced tokens and
+//! the window bit for bit, attention within a budget.
 
 use std::sync::Arc;
 
@@ -7,12 +7,14 @@ use anyhow::{ensure, Result};
 use half::{bf16, f16};
 use ott_backend::attention::{decode, Queries};
 use ott_backend::cache::{Cache, Element, LayerSpec, Row, Tokens};
-use ott_backend::{CpuOps, OttConfig, PageLayout};
-use ott_kernels::abi::{Fresh, Query, NONE};
+use ott_backend::rotate::rotate;
+use ott_backend::{Clip, CpuOps, OttConfig, PageLayout, Rotation};
+use ott_kernels::abi::{self, Fresh, Layer, Query, PARTIAL};
 use ott_kernels::blocks::{Blocks, Step};
-use ott_kernels::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
 use ott_kernels::plan::Plan;
+use ott_kernels::shape::LayerShape;
 
+use crate::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
 use crate::paint::{keys, values, Noise};
 
 /// Largest difference allowed, relative to the row's largest number: the clear kernels add in f32 and round once; the
@@ -34,7 +36,7 @@ struct Case {
     steps: usize,
 }
 
-const CASES: [Case; 12] = [
+const CASES: [Case; 20] = [
     Case {
         options: "",
         dim: 128,
@@ -63,6 +65,60 @@ const CASES: [Case; 12] = [
         steps: 3,
     },
     Case {
+        options: "boost=0",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 8,
+        softcap: 0.0,
+        prompts: &[400, 1100],
+        steps: 3,
+    },
+    Case {
+        options: "rotate=none",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 5,
+        softcap: 0.0,
+        prompts: &[400, 1100],
+        steps: 3,
+    },
+    Case {
+        options: "boost=0,rotate=none",
+        dim: 64,
+        kv_heads: 2,
+        ratio: 4,
+        softcap: 0.0,
+        prompts: &[400, 1100],
+        steps: 3,
+    },
+    Case {
+        options: "boost=32",
+        dim: 128,
+        kv_heads: 1,
+        ratio: 4,
+        softcap: 30.0,
+        prompts: &[700, 1500],
+        steps: 3,
+    },
+    Case {
+        options: "boost=13",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 1,
+        softcap: 0.0,
+        prompts: &[700],
+        steps: 3,
+    },
+    Case {
+        options: "boost=1,residual=0",
+        dim: 64,
+        kv_heads: 2,
+        ratio: 8,
+        softcap: 0.0,
+        prompts: &[700, 128],
+        steps: 40,
+    },
+    Case {
         options: "bits=4",
         dim: 128,
         kv_heads: 1,
@@ -72,7 +128,7 @@ const CASES: [Case; 12] = [
         steps: 3,
     },
     Case {
-        options: "bits=4",
+        options: "bits=4,rotate=none",
         dim: 64,
         kv_heads: 2,
         ratio: 1,
@@ -90,7 +146,7 @@ const CASES: [Case; 12] = [
         steps: 3,
     },
     Case {
-        options: "k_bits=3",
+        options: "k_bits=3,rotate=none",
         dim: 64,
         kv_heads: 2,
         ratio: 4,
@@ -104,6 +160,15 @@ const CASES: [Case; 12] = [
         kv_heads: 2,
         ratio: 4,
         softcap: 30.0,
+        prompts: &[900, 333],
+        steps: 3,
+    },
+    Case {
+        options: "v_bits=4",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 4,
+        softcap: 0.0,
         prompts: &[900, 333],
         steps: 3,
     },
@@ -135,6 +200,15 @@ const CASES: [Case; 12] = [
         steps: 40,
     },
     Case {
+        options: "group=32,boost=20",
+        dim: 80,
+        kv_heads: 2,
+        ratio: 2,
+        softcap: 0.0,
+        prompts: &[200, 77],
+        steps: 10,
+    },
+    Case {
         options: "group=64",
         dim: 256,
         kv_heads: 1,
@@ -146,13 +220,37 @@ const CASES: [Case; 12] = [
 ];
 
 pub fn run(kernels: &Kernels, quick: bool) -> Result<()> {
-    for case in CASES.iter().take(if quick { 3 } else { CASES.len() }) {
-        check::<f16>(kernels, case, Dtype::F16)?;
-        check::<bf16>(kernels, case, Dtype::Bf16)?;
-        check::<f32>(kernels, case, Dtype::F32)?;
-    }
+    structs_are_the_same(kernels)?;
+    let cases = CASES.iter().take(if quick { 3 } else { CASES.len() });
+    judge_cases(kernels, cases, &[Dtype::F16, Dtype::Bf16, Dtype::F32])?;
     refuses_what_f16_cannot_hold(kernels)?;
     println!("conformance: all cases agree");
+    Ok(())
+}
+
+/// The same for some types, and only for short prompts where `short` says so.
+#[allow(dead_code)]
+pub fn judge(kernels: &Kernels, short: bool, dtypes: &[Dtype]) -> Result<()> {
+    structs_are_the_same(kernels)?;
+    let is_short = |case: &&Case| !short || case.prompts.iter().sum::<usize>() <= 900;
+    judge_cases(kernels, CASES.iter().filter(is_short), dtypes)?;
+    refuses_what_f16_cannot_hold(kernels)
+}
+
+fn judge_cases<'a>(
+    kernels: &Kernels,
+    cases: impl Iterator<Item = &'a Case>,
+    dtypes: &[Dtype],
+) -> Result<()> {
+    for case in cases {
+        for dtype in dtypes {
+            match dtype {
+                Dtype::F16 => check::<f16>(kernels, case, *dtype)?,
+                Dtype::Bf16 => check::<bf16>(kernels, case, *dtype)?,
+                Dtype::F32 => check::<f32>(kernels, case, *dtype)?,
+            }
+        }
+    }
     Ok(())
 }
 
@@ -189,27 +287,153 @@ impl Number for f32 {
     }
 }
 
-/// What the kernels serve: they know neither third bits nor rotated values yet.
-pub fn served(options: &str) -> Result<OttConfig> {
-    let config = OttConfig::parse(options)?;
-    let rest = match config.k_bits {
-        2 => ["boost=0", "rotate=none"].as_slice(),
-        _ => &["rotate=none"],
-    };
-    let options = options.split(',').filter(|o| !o.is_empty());
-    let options: Vec<&str> = options.chain(rest.iter().copied()).collect();
-    Ok(OttConfig::parse(&options.join(","))?)
+/// Every field that the device reads is the one that was written, and every section of a page lies where it should.
+fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
+    for (options, k_dim, v_dim) in [
+        ("", 128, 128),
+        ("", 64, 64),
+        ("paper", 96, 256),
+        ("k_bits=3,v_bits=4,outliers=16", 8, 1024),
+        ("bits=8,group=32,outliers=0", 576, 512),
+        ("boost=5,group=64", 80, 136),
+    ] {
+        let config = OttConfig::parse(options)?;
+        let layout = PageLayout::new(&config, 5, 3, k_dim, v_dim)?;
+        let layer = Layer {
+            pages: 1 << 40,
+            staging: 2 << 40,
+            traced: 3 << 40,
+            places: 4 << 40,
+            status: 5 << 40,
+            kv_heads: 3,
+            k_dim: k_dim as u32,
+            v_dim: v_dim as u32,
+            group: layout.group_size as u32,
+            k_bits: layout.k_bits.into(),
+            v_bits: layout.v_bits.into(),
+            outliers: layout.outliers as u32,
+            extra: 33,
+            clip: 1,
+            boosted: layout.boosted as u32,
+            rotate: 77,
+        };
+        let row = abi::Row {
+            past: 11,
+            fresh: 12,
+            sealed_before: 13,
+            sealed: 14,
+            table: 15,
+            chunk_before: std::array::from_fn(|i| 20 + i as u32),
+            chunk: std::array::from_fn(|i| 30 + i as u32),
+        };
+        let fresh = Fresh {
+            data: 8 << 40,
+            row: -41,
+            head: 42 << 40,
+            token: 43,
+        };
+        let item = abi::Item {
+            row: 51,
+            window: 52,
+            from: 53,
+            to: 54,
+            first: [55, 56, 57, 58],
+        };
+        let query = Query {
+            q: 9 << 40,
+            row: 61 << 40,
+            head: -62,
+            out: 10 << 40,
+            sums: 11 << 40,
+            arrived: 12 << 40,
+            num_heads: 63,
+            scale: 0.25,
+            softcap: 30.0,
+        };
+        let numbers = |x: &[u32]| x.iter().map(|x| u64::from(*x)).collect::<Vec<_>>();
+        let sections = [
+            layout.k_codes.start,
+            layout.k_scale.start,
+            layout.k_min.start,
+            layout.v_codes.start,
+            layout.v_scale.start,
+            layout.v_min.start,
+            layout.pool.start,
+            layout.k_high.start,
+            layout.k_boosted.start,
+            layout.head_bytes,
+        ];
+        let expected = [
+            (1..6).map(|i| i << 40).collect(),
+            numbers(&[
+                layer.kv_heads,
+                layer.k_dim,
+                layer.v_dim,
+                layer.group,
+                layer.k_bits,
+                layer.v_bits,
+                layer.outliers,
+                layer.extra,
+                layer.clip,
+                layer.boosted,
+                layer.rotate,
+            ]),
+            numbers(&[11, 12, 13, 14, 15]),
+            numbers(&row.chunk_before),
+            numbers(&row.chunk),
+            vec![fresh.data, -41i64 as u64, 42 << 40, 43],
+            numbers(&[51, 52, 53, 54]),
+            numbers(&item.first),
+            vec![
+                query.q,
+                61 << 40,
+                -62i64 as u64,
+                10 << 40,
+                11 << 40,
+                12 << 40,
+            ],
+            numbers(&[63, 0.25f32.to_bits(), 30f32.to_bits()]),
+            sections.map(|at| at as u64).to_vec(),
+        ]
+        .concat();
+        let found = kernels.probe(layer, row, fresh, item, query)?;
+        ensure!(
+            found == expected,
+            "the device reads {found:?} where {expected:?} was written ({options})"
+        );
+    }
+    Ok(())
 }
 
 /// A layer that traces, or would.
 fn spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
-    let config = served(options)?;
+    let config = OttConfig::parse(options)?;
     Ok(LayerSpec {
         layer: 5,
         config,
         layout: PageLayout::new(&config, 5, kv_heads, dim, dim)?,
         ops: CpuOps::available()[0],
     })
+}
+
+/// What kernels are told of it.
+pub fn shape(spec: &LayerSpec) -> LayerShape {
+    let (layout, config) = (&spec.layout, &spec.config);
+    LayerShape {
+        layer: spec.layer,
+        num_kv_heads: layout.num_kv_heads,
+        k_dim: layout.k_dim,
+        v_dim: layout.v_dim,
+        group_size: layout.group_size,
+        k_bits: layout.k_bits,
+        v_bits: layout.v_bits,
+        outliers: layout.outliers,
+        extra: config.extra,
+        clip: config.clip == Clip::Keys,
+        boosted: layout.boosted,
+        rotate: config.rotation == Rotation::Values,
+        head_bytes: layout.head_bytes,
+    }
 }
 
 fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> {
@@ -221,7 +445,10 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
     let blocks: usize = 1 + case.prompts.iter().map(longest).sum::<usize>();
     let chunks = case.prompts.len() * (group + spec.config.residual) / 32;
     let cpu = Cache::<E>::new(vec![spec.clone()], blocks, case.prompts.len());
-    let gpu = DeviceLayer::new(kernels, spec.clone(), dtype, num_heads, blocks, chunks)?;
+    let mut gpu = DeviceLayer::new(kernels, shape(&spec), dtype, num_heads, blocks, chunks)?;
+    // Every byte of a page is the kernels' to write.
+    let garbage = vec![0xcd; gpu.pages.num_bytes()];
+    stream.memcpy_htod(&garbage, &mut gpu.pages)?;
     let mut states = Blocks::new(blocks, chunks, group, spec.config.residual);
     // Blocks in a shuffled order.
     let mut noise = Noise::new(case.dim as u64 + 7);
@@ -265,7 +492,8 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         let width = heads * tokens * dim;
         for (r, row) in rows.iter().enumerate() {
             let of_row = |x: &'_ [E]| x[r * width..(r + 1) * width].to_vec();
-            let (k, v) = (of_row(&k), of_row(&v));
+            let (k, mut v) = (of_row(&k), of_row(&v));
+            turn(&mut v, dim, &spec.config);
             cpu.append(
                 0,
                 row,
@@ -310,10 +538,15 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
             };
             let mut expected = vec![0f32; q.len()];
             decode(&*cpu.layer(0)?, &rows, &queries, &mut expected);
+            if spec.config.rotation == Rotation::Values {
+                expected.chunks_exact_mut(dim).for_each(rotate);
+            }
             let device_q = stream.clone_htod(&q)?;
             let out = stream.clone_htod(&vec![E::of(f32::NAN); q.len()])?;
-            let sums =
-                stream.clone_htod(&vec![f32::NAN; plan.num_items * num_heads * (2 + dim)])?;
+            let sums = stream.clone_htod(&vec![
+                f32::NAN;
+                plan.num_items * num_heads * (dim + PARTIAL)
+            ])?;
             let query = Query {
                 q: address(&device_q, stream),
                 row: (num_heads * dim) as i64,
@@ -375,6 +608,18 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
     Ok(())
 }
 
+/// Values into the basis in which they are kept, or back.
+fn turn<E: Number>(values: &mut [E], dim: usize, config: &OttConfig) {
+    if config.rotation == Rotation::None {
+        return;
+    }
+    for values in values.chunks_exact_mut(dim) {
+        let mut wide: Vec<f32> = values.iter().map(|x| x.wide()).collect();
+        rotate(&mut wide);
+        values.iter_mut().zip(wide).for_each(|(v, x)| *v = E::of(x));
+    }
+}
+
 /// Rows that bring nothing: for reading what is stored.
 fn states<'a>(
     after: &[ott_kernels::plan::RowState<'_>],
@@ -423,7 +668,6 @@ fn same_pages<E: Number>(
         for head in 0..layout.num_kv_heads {
             for (i, _) in layer.head(block, head).traced().iter().enumerate() {
                 let place = places[(block * layout.num_kv_heads + head) * layout.outliers + i];
-                ensure!(place != NONE, "a traced token has a place");
                 let width = layout.k_dim + layout.v_dim;
                 let found = &bytes[place as usize * width * size..][..width * size];
                 let (k, v) = layer.traced(block, head, i);
@@ -465,11 +709,23 @@ fn same_past<E: Number>(
             new: 0,
             table: &tables[r],
         };
-        let (k, v) = layer.gather(&row)?;
+        let (k, mut v) = layer.gather(&row)?;
+        turn(&mut v, layer.spec().layout.v_dim, &layer.spec().config);
         let nan = |len: usize| stream.clone_htod(&vec![E::of(f32::NAN); len]);
         let (found_k, found_v) = (nan(k.len())?, nan(v.len())?);
         let (to_k, to_v) = (address(&found_k, stream), address(&found_v, stream));
         gpu.gather(&plan, r as u32, *past as u32, to_k, to_v)?;
+        if gpu.shape.rotate {
+            let layout = &layer.spec().layout;
+            let (heads, dim) = (layout.num_kv_heads, layout.v_dim);
+            let from = Fresh {
+                data: to_v,
+                row: 0,
+                head: (past * dim) as i64,
+                token: dim as i64,
+            };
+            gpu.rotate((1, heads, *past), from, to_v)?;
+        }
         for (expected, found) in [(k, found_k), (v, found_v)] {
             let found = stream.clone_dtoh(&found)?;
             let same = expected
@@ -486,7 +742,7 @@ fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
     for (bad, tokens) in [(f32::NAN, 200), (1e6, 200), (f32::INFINITY, 5)] {
         let spec = spec("", 1, 64)?;
         let stream = kernels.stream();
-        let gpu = DeviceLayer::new(kernels, spec, Dtype::F32, 1, 4, 10)?;
+        let gpu = DeviceLayer::new(kernels, shape(&spec), Dtype::F32, 1, 4, 10)?;
         let mut states = Blocks::new(4, 10, 128, 32);
         let step = Step {
             past: 0,

@@ -1,0 +1,61 @@
+//! What a kernel must be told of a layer: shape and settings. The bytes are those of `docs/layout.md`.
+
+use crate::plan::CHUNK;
+
+/// One layer's shape and settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerShape {
+    /// Its number, for messages.
+    pub layer: usize,
+    /// Key/value heads.
+    pub num_kv_heads: usize,
+    /// Channels of a key.
+    pub k_dim: usize,
+    /// Channels of a value.
+    pub v_dim: usize,
+    /// G: tokens of a page.
+    pub group_size: usize,
+    /// Bits of a key code.
+    pub k_bits: u8,
+    /// Bits of a value code.
+    pub v_bits: u8,
+    /// N: members of the outlier pool in this layer.
+    pub outliers: usize,
+    /// Places of the extra store.
+    pub extra: usize,
+    /// Whether key ranges are searched.
+    pub clip: bool,
+    /// M: key channels with one more bit.
+    pub boosted: usize,
+    /// Whether values are kept in another basis.
+    pub rotate: bool,
+    /// Bytes of one head's part of a page.
+    pub head_bytes: usize,
+}
+
+impl LayerShape {
+    /// Bytes of a page.
+    pub fn page_bytes(&self) -> usize {
+        self.num_kv_heads * self.head_bytes
+    }
+
+    /// Channels of a key and its value.
+    pub fn width(&self) -> usize {
+        self.k_dim + self.v_dim
+    }
+
+    /// Traced tokens of a block, over all heads, at most.
+    pub fn places(&self) -> usize {
+        self.num_kv_heads * self.outliers
+    }
+
+    /// Bytes of one block on the device, its traced tokens among them, in numbers of `size` bytes.
+    pub fn block_bytes(&self, size: usize) -> usize {
+        self.page_bytes() + self.places() * (self.width() * size + size_of::<u32>())
+    }
+
+    /// Bytes of one chunk of the window.
+    pub fn chunk_bytes(&self, size: usize) -> usize {
+        CHUNK * self.num_kv_heads * self.width() * size
+    }
+}

@@ -1,0 +1,430 @@
+//! The cache on a GPU beside the cache on the CPU, behind the same seam: a host does the same with both, sequences that
+//! come, hit each other's blocks, grow in batches, are rolled back, preempted and end, in a pool that is too small for
+//! them. Pages are equal byte for byte, what is read back bit for bit, attention within a budget.
+//!
+//! Compiled with the feature `cuda`; run where a GPU is: `cargo test -p ott-backend --features cuda --test cuda -- --ignored`.
+
+mod harness;
+#[allow(dead_code)]
+mod pool;
+#[allow(dead_code)]
+mod reference;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use harness::{numbers, Host, Model, Sequence, Text};
+use mistralrs_kv_backend::KvBackendProvider;
+use ott_backend::backend::Inspect;
+use pool::Pool;
+/// Random numbers: splitmix64.
+struct Draw(u64);
+
+impl Draw {
+    /// One of `0..n`.
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (x ^ (x >> 31)) as usize % n
+    }
+}
+
+const NUM_BLOCKS: usize = 40;
+const MAX_SEQS: usize = 6;
+
+/// Largest difference of attention allowed, of a row's largest number: as in the kernels' own conformance.
+fn budget(dtype: DType) -> f32 {
+    match dtype {
+        DType::BF16 => 6e-3,
+        _ => 1e-3,
+    }
+}
+
+struct Side {
+    host: Host,
+    inspect: Arc<dyn Inspect>,
+}
+
+struct Live {
+    stored: Sequence,
+    prompt: usize,
+}
+
+/// How often what happened.
+#[derive(Debug, Default)]
+struct Seen {
+    hits: usize,
+    decoded: usize,
+    rolled_back: usize,
+    preempted: usize,
+    pages: usize,
+    /// Blocks that a hit made the GPU seal before the CPU does.
+    ahead: usize,
+    error: f32,
+}
+
+struct Both {
+    cpu: Side,
+    gpu: Side,
+    pool: Pool,
+    live: Vec<Live>,
+    texts: Vec<Text>,
+    sequences: usize,
+    rng: Draw,
+    seen: Seen,
+    answered: usize,
+}
+
+fn side(model: &Model, device: &Device) -> Side {
+    let mut model = model.clone();
+    model.device = device.clone();
+    let host = model.host(NUM_BLOCKS);
+    let inspect = ott_backend::provider().caches().pop().expect("it was made");
+    Side { host, inspect }
+}
+
+impl Both {
+    fn new(model: &Model, gpu: &Device, seed: u64) -> Self {
+        let mut on_gpu = model.clone();
+        on_gpu.device = gpu.clone();
+        let memory = ott_backend::provider()
+            .memory(&on_gpu.shape())
+            .expect("served");
+        let group = model.block_size();
+        let text = Text::with_outliers(
+            seed,
+            &[
+                (0, 0.02),
+                (17, 0.3),
+                (41, 0.01),
+                (130, 0.002),
+                (300, 0.001),
+                (301, 0.0005),
+            ],
+        );
+        let forks = [(group, 1), (2 * group, 2), (2 * group + 11, 3)];
+        let mut texts: Vec<Text> = forks.map(|(at, i)| text.forked(at, 100 + i)).into();
+        texts.push(text);
+        Self {
+            cpu: side(model, &Device::Cpu),
+            gpu: side(model, gpu),
+            pool: Pool::new(NUM_BLOCKS, group),
+            live: vec![],
+            texts,
+            sequences: 0,
+            rng: Draw(seed),
+            seen: Seen::default(),
+            answered: memory.per_block * NUM_BLOCKS + memory.fixed,
+        }
+    }
+
+    fn sides(&self) -> [&Side; 2] {
+        [&self.cpu, &self.gpu]
+    }
+
+    fn start(&mut self) {
+        if self.live.len() == MAX_SEQS {
+            return;
+        }
+        let text = self.texts[self.rng.below(self.texts.len())].clone();
+        let group = self.pool.group;
+        let tokens = 1 + self.rng.below(5 * group);
+        let hit = self.pool.hit(&text, tokens, self.rng.below(4));
+        let Some(new) = self.pool.allocate(&hit, tokens.div_ceil(group)) else {
+            return;
+        };
+        self.seen.hits += hit.len();
+        self.sequences += 1;
+        for side in self.sides() {
+            side.host.cache.allocated(self.sequences, &new);
+        }
+        let stored = Sequence {
+            id: self.sequences,
+            text,
+            past: hit.len() * group,
+            blocks: [hit, new].concat(),
+        };
+        self.live.push(Live {
+            stored,
+            prompt: tokens,
+        });
+    }
+
+    fn end(&mut self, i: usize) {
+        let s = self.live.remove(i).stored;
+        for side in self.sides() {
+            side.host.cache.released(s.id, &s.blocks);
+        }
+        self.pool.free(&s.blocks);
+    }
+
+    /// Room for one more token each; who gets none is preempted.
+    fn grow(&mut self) {
+        for i in (0..self.live.len()).rev() {
+            let s = &self.live[i].stored;
+            if s.past < self.live[i].prompt || s.past < s.blocks.len() * self.pool.group {
+                continue;
+            }
+            let id = s.id;
+            match self.pool.allocate(&[], 1) {
+                Some(new) => {
+                    for side in self.sides() {
+                        side.host.cache.allocated(id, &new);
+                    }
+                    self.live[i].stored.blocks.extend(new);
+                }
+                None => {
+                    self.seen.preempted += 1;
+                    self.end(i);
+                }
+            }
+        }
+    }
+
+    fn step(&mut self, prompt: bool) {
+        if !prompt {
+            self.grow();
+        }
+        let most = 1 + self.rng.below(4 * self.pool.group);
+        let taking_part: Vec<usize> = (0..self.live.len())
+            .filter(|i| (self.live[*i].stored.past < self.live[*i].prompt) == prompt)
+            .collect();
+        if taking_part.is_empty() {
+            return;
+        }
+        let outs = self.sides().map(|side| {
+            let rows = taking_part.iter().map(|i| &self.live[*i]);
+            let rows = rows.map(|l| (l.stored.clone(), l.prompt.saturating_sub(l.stored.past)));
+            let mut rows: Vec<_> = rows
+                .map(|(s, left)| (s, if prompt { left.min(most) } else { 1 }))
+                .collect();
+            let mut rows: Vec<_> = rows.iter_mut().map(|(s, new)| (s, *new)).collect();
+            let out = side.host.step_all(&mut rows, prompt).expect("served");
+            let past: Vec<usize> = rows.iter().map(|(s, _)| s.past).collect();
+            (out, past)
+        });
+        for (i, past) in taking_part.iter().zip(&outs[0].1) {
+            let s = &mut self.live[*i].stored;
+            s.past = *past;
+            self.pool.computed(&s.text, &s.blocks, s.past);
+        }
+        if !prompt {
+            self.seen.decoded += taking_part.len();
+            let (cpu, gpu) = (&outs[0].0, &outs[1].0);
+            for (cpu, gpu) in cpu.iter().zip(gpu) {
+                let error = self.difference(cpu, gpu);
+                self.seen.error = self.seen.error.max(error);
+            }
+        }
+        self.compare();
+    }
+
+    /// Of attention, relative to the largest number of a head.
+    fn difference(&self, cpu: &Option<Tensor>, gpu: &Option<Tensor>) -> f32 {
+        let (cpu, gpu) = (
+            cpu.as_ref().expect("attended"),
+            gpu.as_ref().expect("attended"),
+        );
+        assert_eq!(cpu.dims(), gpu.dims());
+        let dim = self.cpu.host.model.v_dim;
+        let (cpu, gpu) = (numbers(cpu), numbers(gpu));
+        let heads = cpu.chunks(dim).zip(gpu.chunks(dim));
+        let errors = heads.map(|(c, g)| {
+            let largest = c.iter().fold(0f32, |m, x| m.max(x.abs()));
+            let error = c.iter().zip(g).fold(0f32, |m, (c, g)| m.max((c - g).abs()));
+            assert!(error.is_finite(), "an answer is not a number");
+            error / largest
+        });
+        errors.fold(0.0, f32::max)
+    }
+
+    /// The newest tokens are taken back: others come in their place.
+    fn roll_back(&mut self) {
+        let group = self.pool.group;
+        let Some(i) = (!self.live.is_empty()).then(|| self.rng.below(self.live.len())) else {
+            return;
+        };
+        let live = &mut self.live[i];
+        let s = &mut live.stored;
+        let back = 1 + self.rng.below(16);
+        // No further than the block that is being written: full ones may be hit by others.
+        if s.past < live.prompt || s.past % group <= back {
+            return;
+        }
+        s.past -= back;
+        s.text = s.text.forked(s.past, 1000 + s.id as u64);
+        live.prompt = live.prompt.min(s.past);
+        self.seen.rolled_back += 1;
+    }
+
+    /// Pages byte for byte, and what each sequence reads bit for bit.
+    fn compare(&mut self) {
+        let layers = self.cpu.host.model.layers;
+        let mut ahead = vec![false; NUM_BLOCKS];
+        for (block, ahead) in ahead.iter_mut().enumerate() {
+            for layer in 0..layers {
+                let pages = self.sides().map(|side| side.inspect.page(layer, block));
+                match pages {
+                    [Some(cpu), Some(gpu)] => {
+                        assert!(cpu == gpu, "block {block} in layer {layer} differs");
+                        self.seen.pages += 1;
+                    }
+                    [None, Some(_)] => *ahead = true,
+                    [Some(_), None] => panic!("the GPU has not sealed block {block}"),
+                    [None, None] => {}
+                }
+            }
+        }
+        for live in &self.live {
+            let s = &live.stored;
+            let held = s.past.div_ceil(self.pool.group);
+            if s.blocks[..held].iter().any(|block| ahead[*block]) {
+                self.seen.ahead += 1;
+                continue;
+            }
+            for layer in 0..layers {
+                let read = self.sides().map(|side| {
+                    let step = side.host.begin(true, &[(s, 0)]).expect("stored");
+                    let (k, v) = step.past(layer, 0, DType::F32).expect("stored");
+                    [numbers(&k), numbers(&v)]
+                });
+                let bits = |x: &[Vec<f32>; 2]| -> Vec<u32> {
+                    x.concat().iter().map(|x| x.to_bits()).collect()
+                };
+                let same = bits(&read[0]) == bits(&read[1]);
+                assert!(same, "sequence {} reads differently in layer {layer}", s.id);
+            }
+        }
+        assert!(self.gpu.host.cache.allocated_bytes() <= self.answered);
+    }
+
+    fn run(&mut self, steps: usize) {
+        for _ in 0..steps {
+            match self.rng.below(12) {
+                0..=2 => self.start(),
+                3..=5 => self.step(true),
+                6..=9 => self.step(false),
+                10 => self.roll_back(),
+                _ if self.live.is_empty() => {}
+                _ => {
+                    let i = self.rng.below(self.live.len());
+                    self.end(i);
+                }
+            }
+        }
+        while !self.live.is_empty() {
+            self.end(0);
+        }
+        self.compare();
+    }
+}
+
+/// The GPU, for one test at a time: a cache is found as the one that was made last.
+fn gpu() -> (Device, MutexGuard<'static, ()>) {
+    static ONE: Mutex<()> = Mutex::new(());
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    (Device::new_cuda(0).expect("a GPU"), one)
+}
+
+/// What the kernels serve, tensor cores and not.
+const SETTINGS: [(&str, usize, usize, usize); 6] = [
+    ("", 8, 2, 64),
+    ("", 4, 1, 128),
+    ("boost=0,rotate=none", 9, 3, 64),
+    (
+        "paper,group=32,residual=32,outliers=2,extra=3,exempt_layers=1",
+        6,
+        2,
+        64,
+    ),
+    ("bits=4,boost=0", 4, 2, 128),
+    ("kivi,group=64,residual=64", 2, 2, 32),
+];
+
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn any_history_is_the_same_on_both() {
+    let (gpu, _one) = gpu();
+    for (options, heads, kv_heads, dim) in SETTINGS {
+        for dtype in [DType::F16, DType::BF16, DType::F32] {
+            let mut seen = Seen::default();
+            for seed in 0..3 {
+                let mut model = Model::new(options)
+                    .heads(heads, kv_heads)
+                    .dims(dim, dim)
+                    .dtype(dtype);
+                model.max_seqs = MAX_SEQS;
+                let mut both = Both::new(&model, &gpu, seed);
+                both.run(60);
+                let s = both.seen;
+                seen.hits += s.hits;
+                seen.decoded += s.decoded;
+                seen.rolled_back += s.rolled_back;
+                seen.preempted += s.preempted;
+                seen.pages += s.pages;
+                seen.ahead += s.ahead;
+                seen.error = seen.error.max(s.error);
+            }
+            println!("{options} head {dim} {dtype:?}: {seen:?}");
+            assert!(
+                seen.hits > 0 && seen.decoded > 0 && seen.pages > 0,
+                "{seen:?}"
+            );
+            assert!(
+                seen.error <= budget(dtype),
+                "attention is off by {}",
+                seen.error
+            );
+        }
+    }
+}
+
+/// What no scale can hold is told when the next step begins, and what the bad step stored is gone.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_number_that_is_none_ends_the_next_step() {
+    let mut model = Model::new("");
+    let (gpu, _one) = gpu();
+    model.device = gpu;
+    let host = model.host(8);
+    let text = Text::new(7);
+    let mut s = host.sequence(1, &text, &[1, 2]);
+    let step = host.begin(true, &[(&s, 200)]).expect("it fits");
+    for layer in 0..model.layers {
+        let [_, k, v] = model.qkv(&text, layer, 0, 200);
+        let k = if layer == 1 {
+            (k * f64::NAN).expect("numbers")
+        } else {
+            k
+        };
+        step.append(layer, &k, &v).expect("queued");
+    }
+    s.past = 200;
+    let error = host
+        .begin(false, &[(&s, 1)])
+        .expect_err("it was not finite");
+    assert!(error.to_string().contains("layer 1"), "{error}");
+    let error = host.begin(false, &[(&s, 1)]).expect_err("it is gone");
+    assert!(error.to_string().contains("holds no tokens"), "{error}");
+    let mut other = host.sequence(2, &text, &[3, 4]);
+    host.step(&mut other, 200, true).expect("others go on");
+    host.step(&mut other, 1, false).expect("others go on");
+}
+
+/// What a GPU cannot serve is refused with a sentence, before anything is taken.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn refusals() {
+    let provider = ott_backend::provider();
+    let mut model = Model::new("bits=4,boost=8");
+    let (gpu, _one) = gpu();
+    model.device = gpu;
+    let refused = provider.memory(&model.shape()).map(drop);
+    let mut shape = Model::new("").shape();
+    shape.layers[1].device = model.device.clone();
+    let split = provider.memory(&shape).map(drop);
+    let messages = [refused, split].map(|r| r.expect_err("refused").to_string());
+    assert!(messages[0].contains("boost=0"), "{messages:?}");
+    assert!(messages[1].contains("several devices"), "{messages:?}");
+}
