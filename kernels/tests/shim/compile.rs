@@ -213,6 +213,8 @@ impl Compiler<'_> {
     fn command(&self) -> Command {
         let mut command = Command::new(compiler());
         command.args(FLAGS).current_dir(self.folder);
+        // A sanitizer is in this process, not in the compiler's.
+        command.env_remove("LD_PRELOAD");
         command.arg(format!("-D__CUDA_ARCH__={}", self.build.arch));
         command.arg("-I").arg(self.shim.join("include"));
         command.args(["-include", "cuda_runtime.h"]);

@@ -72,17 +72,9 @@ fn watched() {
 fn addresses_are_inside() {
     let (good, words) = watch(Watch::Addresses, "kernels::watched", None);
     assert!(good, "{words}");
-    for (fault, name) in [
-        ("beyond_an_address", "global-buffer-overflow"),
-        ("beyond_the_output", "heap-buffer-overflow"),
-    ] {
-        let (good, words) = watch(
-            Watch::Addresses,
-            "detectors::fault_of_the_environment",
-            Some(fault),
-        );
-        assert!(!good && words.contains(name), "{fault}: {words}");
-    }
+    let test = "detectors::fault_of_the_environment";
+    let (good, words) = watch(Watch::Addresses, test, Some("beyond_an_address"));
+    assert!(!good && words.contains("global-buffer-overflow"), "{words}");
 }
 
 #[test]
@@ -127,9 +119,10 @@ fn watch(watch: Watch, test: &str, fault: Option<&str>) -> (bool, String) {
         .env("LD_PRELOAD", sanitizer)
         .env("OTT_SHIM", watch.name());
     // The Rust side keeps what it loaded until the end.
-    command
-        .env("ASAN_OPTIONS", "detect_leaks=0")
-        .env("TSAN_OPTIONS", "halt_on_error=1");
+    command.env("ASAN_OPTIONS", "detect_leaks=0").env(
+        "TSAN_OPTIONS",
+        "halt_on_error=1:ignore_noninstrumented_modules=1",
+    );
     command.envs(fault.map(|fault| ("OTT_SHIM_FAULT", fault)));
     let output = command.output().expect("starts");
     let words = [output.stdout, output.stderr].concat();
