@@ -253,7 +253,9 @@ impl Both {
             return;
         }
         s.past -= back;
-        s.text = s.text.forked(s.past, 1000 + s.id as u64);
+        if s.text.fork.is_none_or(|(at, _)| at >= s.past) {
+            s.text = s.text.forked(s.past, 1000 + s.id as u64);
+        }
         live.prompt = live.prompt.min(s.past);
         self.seen.rolled_back += 1;
     }
