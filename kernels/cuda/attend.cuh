@@ -4,9 +4,14 @@
 
 namespace ott {
 
-// A part of one row's context: pages whose blocks are `tables[from .. to]`, or tokens `from .. to` of the window.
+// Numbers of an item that save a look into tables.
+constexpr int ITEM_FIRST = 4;
+
+// A part of one row's context: pages whose blocks are `tables[from .. to]`, or tokens `from .. to` of the window. `first`
+// are the first blocks, or the first chunks of the window from that of token `from` on.
 struct Item {
     uint32_t row, window, from, to;
+    uint32_t first[ITEM_FIRST];
 };
 
 // One attention call. Scores are in units of log2: `scale` has log2(e) in it.

@@ -35,7 +35,7 @@ struct Layer {
     const uint32_t* places;  // (num_blocks, kv_heads, outliers): the places of a page's traced tokens
     uint32_t* status;        // set to 1 where a number cannot be quantized
     uint32_t kv_heads, k_dim, v_dim, group, k_bits, v_bits, outliers, extra, clip;
-    uint32_t boosted;        // key channels with a third bit
+    uint32_t boosted;        // key channels with one more bit
     uint32_t rotate;         // 1: values are kept in another basis (rotate.cuh)
 };
 
@@ -69,7 +69,7 @@ __device__ inline float half_at(const uint8_t* section, int i) {
 // Bit `j` of `n` in 8 planes.
 __device__ inline uint32_t bit_at(const uint8_t* bytes, int n, int j) { return bytes[j % (n / 8)] >> (j / (n / 8)) & 1; }
 
-// The `i`-th channel with a third bit.
+// The `i`-th channel with one more bit.
 __device__ inline int boosted_channel(const uint8_t* section, int i) {
     return reinterpret_cast<const uint16_t*>(section)[i];
 }
@@ -85,20 +85,18 @@ __device__ inline uint32_t code_at(const uint8_t* bytes, int n, int bits, int j)
     return bytes[j % len] >> (bits * (j / len)) & ((1u << bits) - 1);
 }
 
-// Byte `j` of `n` packed codes, gathered from the codes.
-__device__ inline uint8_t packed_byte(const uint8_t* codes, int n, int bits, int j) {
-    int from = 0, width = bits, planes_len = packed_len(n, bits);
-    if (bits == 3) {
-        bool low = j < n / 4;
-        j -= low ? 0 : n / 4;
-        from = low ? 0 : 2;
-        width = low ? 2 : 1;
-        planes_len = low ? n / 4 : n / 8;
-    }
+// Byte `j` of one section of planes: `width` bits of each of `n` codes, those from bit `from` on.
+__device__ inline uint8_t packed_bits(const uint8_t* codes, int n, int from, int width, int j) {
     uint32_t byte = 0;
     for (int p = 0; p < 8 / width; ++p)
-        byte |= (codes[j + p * planes_len] >> from & ((1u << width) - 1)) << (p * width);
+        byte |= (codes[j + p * packed_len(n, width)] >> from & ((1u << width) - 1)) << (p * width);
     return static_cast<uint8_t>(byte);
+}
+
+// Byte `j` of `n` packed codes, gathered from the codes, of which the low `bits` count.
+__device__ inline uint8_t packed_byte(const uint8_t* codes, int n, int bits, int j) {
+    if (bits != 3) return packed_bits(codes, n, 0, bits, j);
+    return j < n / 4 ? packed_bits(codes, n, 0, 2, j) : packed_bits(codes, n, 2, 1, j - n / 4);
 }
 
 template <class E>
@@ -107,13 +105,18 @@ struct Token {
     const E* v;
 };
 
+// Token `at` of a chunk of the window.
+template <class E>
+__device__ inline Token<E> in_chunk(const Layer& l, uint32_t chunk, int at, int head) {
+    const size_t width = l.k_dim + l.v_dim;
+    const E* base = reinterpret_cast<const E*>(l.staging) + (static_cast<size_t>(chunk) * l.kv_heads + head) * CHUNK * width;
+    return {base + at * l.k_dim, base + CHUNK * l.k_dim + at * l.v_dim};
+}
+
 // A token of the window, `at` counted from the first open block.
 template <class E>
 __device__ inline Token<E> staged(const Layer& l, const uint32_t* chunks, int at, int head) {
-    const size_t width = l.k_dim + l.v_dim;
-    const E* base = reinterpret_cast<const E*>(l.staging) +
-                    (static_cast<size_t>(chunks[at / CHUNK]) * l.kv_heads + head) * CHUNK * width;
-    return {base + at % CHUNK * l.k_dim, base + CHUNK * l.k_dim + at % CHUNK * l.v_dim};
+    return in_chunk<E>(l, chunks[at / CHUNK], at % CHUNK, head);
 }
 
 // A token that is not sealed before this step: staged, or new.

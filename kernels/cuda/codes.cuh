@@ -68,29 +68,51 @@ struct Codes {
         return low & mask << (BITS * p);
     }
 
-    // Add third bits: row `r` of `bits`, one of `count`, is one bit of each code of row `channels[r]`; `factors` are those
+    // Sums for TILES times 4 queries: [tile][o / 2][o % 2 * 2 + part] is result o of query `t`, high part and low part.
+    template <int TILES>
+    using Sums = int[TILES][OUT / 2][4];
+    // Words from one tile's factors to the next.
+    static constexpr int TILE = 8 * STRIDE;
+
+    // High bits of some rows' codes, in 4 rows' bytes that are shifted to this thread group's planes: those of result
+    // 2 m and the next, in the place where plane `p` has its lowest bit.
+    __device__ static uint32_t high_plane(const uint32_t (&bytes)[4], int m, int odd) {
+        const int i = 2 * m / PLANES, p = 2 * m % PLANES + odd;
+        if constexpr (BITS == 3) return bytes[i] >> (2 * p) & 0x01010101u;
+        // 2 bits: planes 2 p. 4 bits: planes 4 p, 2 further for the second word of codes.
+        return bytes[i % 4] >> (2 * (i / 4)) & 0x01010101u << (BITS * p);
+    }
+
+    // Add high bits: row `r` of `bits`, one of `count`, has one bit of each code of row `channels[r]`; `factors` are those
     // of all rows. To be called before `multiply`.
+    template <int TILES>
     __device__ static void multiply_high(const uint8_t* bits, const uint16_t* channels, int count,
-                                         const uint32_t* factors, int lane, int (&result)[OUT / 2][4]) {
-        static_assert(BITS != 2 || BYTES == 4, "a thread's codes are bytes of one word");
+                                         const uint32_t* factors, int lane, Sums<TILES>& result) {
+        static_assert(BYTES >= 4, "a thread's codes are bytes of whole words");
         const int g = lane / 4, t = lane % 4;
         const uint8_t* column = reinterpret_cast<const uint8_t*>(factors + g * STRIDE);
 #pragma unroll 1
         for (int first = 8 * t; first - 8 * t < count; first += 32) {
             const uint4 four = *reinterpret_cast<const uint4*>(channels + first);
             const uint32_t two[4] = {four.x, four.y, four.z, four.w};
-            uint32_t bytes[2][4], b[2];
+            uint32_t bytes[2][4], b[TILES][2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                uint32_t f[4], w[4];
+                uint32_t f[TILES][4], w[4];
 #pragma unroll
                 for (int x = 0; x < 4; ++x) {
                     const uint32_t c = x % 2 ? two[2 * h + x / 2] >> 16 : two[2 * h + x / 2] & 0xffff;
-                    f[x] = first + 4 * h + x < count ? column[c] : 0;
+                    const bool is_row = first + 4 * h + x < count;
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i) f[i][x] = is_row ? column[i * 4 * TILE + c] : 0;
                     w[x] = *reinterpret_cast<const uint32_t*>(bits + (first + 4 * h + (x + t) % 4) * (N / 8) + g % 4 * 4);
                 }
-                const uint32_t word = __byte_perm(__byte_perm(f[0], f[1], 0x0040), __byte_perm(f[2], f[3], 0x0040), 0x5410);
-                b[h] = __funnelshift_r(word, word, 8 * t);
+#pragma unroll
+                for (int i = 0; i < TILES; ++i) {
+                    const uint32_t word =
+                        __byte_perm(__byte_perm(f[i][0], f[i][1], 0x0040), __byte_perm(f[i][2], f[i][3], 0x0040), 0x5410);
+                    b[i][h] = __funnelshift_r(word, word, 8 * t);
+                }
                 transpose(w, g, bytes[h]);
                 // Even planes of bits in one half of the thread groups, odd ones in the other.
 #pragma unroll
@@ -98,23 +120,24 @@ struct Codes {
             }
 #pragma unroll
             for (int m = 0; m < OUT / 2; ++m) {
-                const int i = 2 * m / PLANES, p = 2 * m % PLANES;
-                const uint32_t low = 0x01010101u << (2 * p), high = 0x01010101u << (2 * p + 2);
-                mma_bytes(result[m], bytes[0][i] & low, bytes[0][i] & high, bytes[1][i] & low, bytes[1][i] & high, b[0],
-                          b[1]);
+                const uint32_t a[4] = {high_plane(bytes[0], m, 0), high_plane(bytes[0], m, 1), high_plane(bytes[1], m, 0),
+                                       high_plane(bytes[1], m, 1)};
+#pragma unroll
+                for (int i = 0; i < TILES; ++i) mma_bytes(result[i][m], a[0], a[1], a[2], a[3], b[i][0], b[i][1]);
             }
         }
-        // They are worth 4.
+        // They are worth more than the codes' own.
 #pragma unroll
-        for (int m = 0; m < OUT / 2; ++m)
+        for (int i = 0; i < TILES; ++i)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) result[m][i] *= 4;
+            for (int m = 0; m < OUT / 2; ++m)
+#pragma unroll
+                for (int k = 0; k < 4; ++k) result[i][m][k] *= 1 << BITS;
     }
 
-    // `codes`: the section, in shared memory; `factors`: the columns, in shared memory.
-    // result[o / 2][o % 2 * 2 + part]: to result o of this thread's query `t`, high part and low part, is added
-    __device__ static void multiply(const uint8_t* codes, const uint32_t* factors, int lane,
-                                    int (&result)[OUT / 2][4]) {
+    // Add products with codes. `codes`: the section, in shared memory; `factors`: the columns, in shared memory.
+    template <int TILES>
+    __device__ static void multiply(const uint8_t* codes, const uint32_t* factors, int lane, Sums<TILES>& result) {
         const int g = lane / 4, t = lane % 4;
         const uint8_t* rows[4];
         const int word = (BYTES < 4 ? BYTES * g / 4 : g) * 4;
@@ -125,9 +148,14 @@ struct Codes {
         // Two steps at a time: code that is run once must be fetched as well.
 #pragma unroll 1
         for (int pair = 0; pair < SLOTS / 4; ++pair) {
-            const uint4 four = *reinterpret_cast<const uint4*>(factors + g * STRIDE + SLOTS * t + 4 * pair);
-            const uint32_t b[4] = {__funnelshift_r(four.x, four.x, 8 * t), __funnelshift_r(four.y, four.y, 8 * t),
-                                   __funnelshift_r(four.z, four.z, 8 * t), __funnelshift_r(four.w, four.w, 8 * t)};
+            uint32_t b[TILES][4];
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+                const uint4 four =
+                    *reinterpret_cast<const uint4*>(factors + i * TILE + g * STRIDE + SLOTS * t + 4 * pair);
+                b[i][0] = __funnelshift_r(four.x, four.x, 8 * t), b[i][1] = __funnelshift_r(four.y, four.y, 8 * t);
+                b[i][2] = __funnelshift_r(four.z, four.z, 8 * t), b[i][3] = __funnelshift_r(four.w, four.w, 8 * t);
+            }
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
             uint32_t low[2][BYTES], high[2][BYTES] = {};
@@ -151,9 +179,11 @@ struct Codes {
 #pragma unroll
             for (int m = 0; m < OUT / 2; ++m) {
                 const int i = 2 * m / PLANES, p = 2 * m % PLANES;
-                mma_bytes(result[m], plane(low[0][i], high[0][i], p, g), plane(low[0][i], high[0][i], p + 1, g),
-                    plane(low[1][i], high[1][i], p, g), plane(low[1][i], high[1][i], p + 1, g), b[2 * k],
-                    b[2 * k + 1]);
+                const uint32_t a[4] = {plane(low[0][i], high[0][i], p, g), plane(low[0][i], high[0][i], p + 1, g),
+                                       plane(low[1][i], high[1][i], p, g), plane(low[1][i], high[1][i], p + 1, g)};
+#pragma unroll
+                for (int j = 0; j < TILES; ++j)
+                    mma_bytes(result[j][m], a[0], a[1], a[2], a[3], b[j][2 * k], b[j][2 * k + 1]);
             }
             }
         }

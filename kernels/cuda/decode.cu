@@ -81,10 +81,11 @@ __device__ void decode(Layer l, const Row* rows, const uint32_t* tables, const I
                 const float code = static_cast<float>(code_at(page + layout.k_codes + c * bytes, group, l.k_bits, t));
                 score += q[c] * half_at(page + layout.k_scale, c) * code + q[c] * half_at(page + layout.k_min, c);
             }
+            const float worth = static_cast<float>(1 << l.k_bits);
             for (uint32_t i = 0; i < l.boosted; ++i) {
                 const int c = boosted_channel(page + layout.k_boosted, i);
                 const uint32_t bit = bit_at(page + layout.k_high + i * packed_len(group, 1), group, t);
-                score += q[c] * (4.0f * half_at(page + layout.k_scale, c)) * static_cast<float>(bit);
+                score += q[c] * (worth * half_at(page + layout.k_scale, c)) * static_cast<float>(bit);
             }
             score = capped(score, query.softcap);
         }
@@ -176,7 +177,7 @@ __device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_
         for (uint32_t i = 0; i < l.boosted; ++i) {
             if (boosted_channel(page + layout.k_boosted, i) != c) continue;
             const uint32_t bit = bit_at(page + layout.k_high + i * packed_len(group, 1), group, t);
-            x = __fadd_rn(x, __fmul_rn(static_cast<float>(bit), __fmul_rn(4.0f, scale)));
+            x = __fadd_rn(x, __fmul_rn(static_cast<float>(bit), __fmul_rn(static_cast<float>(1 << l.k_bits), scale)));
         }
         key[c] = from_float<E>(x);
     }

@@ -1,8 +1,9 @@
 // Decode attention on tensor cores: groups of 128 tokens, heads of 64 or 128 channels, f16 and bf16.
 //
-// A warp takes one kv head's part of a page after the other, for 4 query heads at once, with a softmax of its own; the
-// warps of a block join at the end, and `ott_merge` joins blocks. Codes never become numbers (codes.cuh): key scales go
-// into q, value scales into the weights, as fixed-point factors that are made once per page.
+// A warp takes one kv head's part of a page after the other, for 4 or 8 query heads at once (one or two tiles), with a
+// softmax of its own; the warps of a block join at the end, and the block that comes last joins the row. Codes never
+// become numbers (codes.cuh): key scales go into q, value scales into the weights, as fixed-point factors that are made
+// once per page.
 //
 // Bytes come as half pages (keys; values and trace) into two places in shared memory: one is on its way while the
 // other is worked on. Many warps hide the rest.
@@ -23,7 +24,7 @@ struct Ring {
     uint8_t* bytes;
     uint64_t* barrier;
 
-    __device__ void init(int lane) {
+    __device__ void init(int lane) const {
         if constexpr (BULK_COPIES) {
             if (lane < RING) barrier_init(barrier + lane);
             barrier_fence();
@@ -34,7 +35,7 @@ struct Ring {
     __device__ uint8_t* slot(int i) const { return bytes + i % RING * SLOT; }
 
     // `len` bytes and `more_len` from elsewhere after them: multiples of 16, as are the addresses.
-    __device__ void load(int i, const uint8_t* from, uint32_t len, const uint8_t* more, uint32_t more_len, int lane) {
+    __device__ void load(int i, const uint8_t* from, uint32_t len, const uint8_t* more, uint32_t more_len, int lane) const {
         if constexpr (BULK_COPIES) {
             if (lane != 0) return;
             barrier_expect(barrier + i % RING, len + more_len);
@@ -47,11 +48,11 @@ struct Ring {
     }
 
     // Nothing to load: keeps the count of groups.
-    __device__ void commit() {
+    __device__ void commit() const {
         if constexpr (!BULK_COPIES) commit_copies();
     }
 
-    __device__ void wait(int i) {
+    __device__ void wait(int i) const {
         if constexpr (BULK_COPIES) {
             barrier_wait(barrier + i % RING, i / RING & 1);
         } else {
@@ -100,20 +101,21 @@ __device__ inline void four_halves(const uint8_t* at, float (&x)[4]) {
     x[0] = a.x, x[1] = a.y, x[2] = b.x, x[3] = b.y;
 }
 
-template <class E, int DIM, int KB, int VB>
+template <class E, int DIM, int KB, int VB, int TILES>
 struct Kernel {
     using K = Codes<GROUP, KB, DIM>;
     using V = Codes<DIM, VB, GROUP>;
     // Sections before the trace; those after it depend on the layer.
     static constexpr PageLayout AT{GROUP, DIM, DIM, KB, VB, 16, 0};
-    // Most key channels with a third bit.
-    static constexpr int BOOSTED = KB == 2 ? DIM / 2 : 0;
-    // Queries that a lane has 4 channels of.
+    // Query heads of a block.
+    static constexpr int HEADS = QUERIES * TILES;
+    // Queries of a tile that a lane has 4 channels of.
     static constexpr int PER = QUERIES * DIM / 128;
-    // Bytes of the halves of a page: keys and, behind them, third bits; values and trace.
-    static constexpr int KEYS = AT.v_codes, HIGH = BOOSTED * (GROUP / 8 + 2), VALUES = AT.head_bytes - AT.v_codes;
+    // Bytes of the halves of a page: keys and, behind them, their high bits for half of the channels at most; values and
+    // trace.
+    static constexpr int KEYS = AT.v_codes, HIGH = DIM / 2 * (GROUP / 8 + 2), VALUES = AT.head_bytes - AT.v_codes;
     static constexpr int SLOT = (KEYS + HIGH > VALUES ? KEYS + HIGH : VALUES) + 127 & ~127;
-    static constexpr int FACTORS = 8 * (K::STRIDE > V::STRIDE ? K::STRIDE : V::STRIDE);
+    static constexpr int FACTORS = TILES * (K::TILE > V::TILE ? K::TILE : V::TILE);
 
     struct Warp {
         alignas(128) uint8_t ring[RING * SLOT];
@@ -122,14 +124,16 @@ struct Kernel {
     };
     struct Shared {
         Warp warp[WARPS];
+        // Queries, times the scale of scores.
+        alignas(16) float q[HEADS][DIM];
         // What each warp found: maximum, sum and weighted values by query.
-        float max[WARPS][QUERIES], sum[WARPS][QUERIES];
+        float max[WARPS][HEADS], sum[WARPS][HEADS];
         uint32_t last;
     };
-    // Weighted values by warp, in the place of the rings.
-    static_assert(sizeof(float) * QUERIES * DIM <= sizeof(Warp::ring), "a warp's result fits its ring");
+    // Weighted values by warp, in the place of the rings; then the block's.
+    static_assert(2 * sizeof(float) * HEADS * DIM <= sizeof(Warp::ring), "two results fit a ring");
 
-    // Softmax of this thread's query (`lane % 4`): the sum is over this thread's tokens alone, `base` is
+    // Softmax of this thread's query of a tile (`lane % 4`): the sum is over this thread's tokens alone, `base` is
     // the weighted sum of value mins, `out` are this thread's channels.
     struct Softmax {
         float max = -INFINITY, sum = 0.0f, base = 0.0f;
@@ -145,64 +149,83 @@ struct Kernel {
         }
     };
 
+    // This lane's 4 channels of query `PER * (lane / (DIM / 4)) + j` of a tile.
+    __device__ static void query_channels(const float (&q)[HEADS][DIM], int tile, int j, int lane, float (&x)[4]) {
+        const float4 four = *reinterpret_cast<const float4*>(
+            q[tile * QUERIES + lane / (DIM / 4) * PER + j] + lane % (DIM / 4) * 4);
+        x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    }
+
     // Scores of a page's tokens, all but those of traced ones.
-    __device__ static void scores(const uint8_t* keys, int boosted, const float (&q)[PER][4], uint32_t* factors,
-                                  int lane, float (&score)[K::OUT]) {
+    __device__ static void scores(const uint8_t* keys, int boosted, const float (&q)[HEADS][DIM], uint32_t* factors,
+                                  int lane, float (&score)[TILES][K::OUT]) {
         const int at = lane % (DIM / 4), first = lane / (DIM / 4) * PER;
-        float scale[4], min[4], bias[PER], inverse[PER];
+        float scale[4], min[4], base[TILES], unit[TILES];
         four_halves(keys + AT.k_scale + 8 * at, scale);
         four_halves(keys + AT.k_min + 8 * at, min);
         __syncwarp();
 #pragma unroll
-        for (int j = 0; j < PER; ++j) {
-            float x[4], largest = 1e-30f;
-            bias[j] = 0.0f;
+        for (int tile = 0; tile < TILES; ++tile) {
+            float bias[PER], most[PER];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                x[i] = q[j][i] * scale[i];
-                largest = fmaxf(largest, fabsf(x[i]));
-                bias[j] = fmaf(q[j][i], min[i], bias[j]);
+            for (int j = 0; j < PER; ++j) {
+                float of[4], x[4], largest = 1e-30f;
+                query_channels(q, tile, j, lane, of);
+                bias[j] = 0.0f;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    x[i] = of[i] * scale[i];
+                    largest = fmaxf(largest, fabsf(x[i]));
+                    bias[j] = fmaf(of[i], min[i], bias[j]);
+                }
+                if constexpr (PER == 4) {
+                    largest = warp_max_of_positive(largest);
+                } else {
+                    for (int h = 1; h < DIM / 4; h *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, h));
+                }
+                most[j] = largest;
+                uint32_t high, low;
+                fix(x, __fdividef(LARGEST, largest), high, low);
+                factors[tile * K::TILE + 2 * (first + j) * K::STRIDE + at] = high;
+                factors[tile * K::TILE + (2 * (first + j) + 1) * K::STRIDE + at] = low;
             }
+            base[tile] = sum_for_query<DIM, PER>(bias, lane);
             if constexpr (PER == 4) {
-                largest = warp_max_of_positive(largest);
+                const bool upper = lane & 2, odd = lane & 1;
+                unit[tile] = upper ? (odd ? most[3] : most[2]) : (odd ? most[1] : most[0]);
             } else {
-                for (int h = 1; h < DIM / 4; h *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, h));
+                const float mine = __shfl_sync(~0u, most[0], (lane & 2) << 3);
+                const float other = __shfl_sync(~0u, most[1], (lane & 2) << 3);
+                unit[tile] = lane & 1 ? other : mine;
             }
-            inverse[j] = largest;
-            uint32_t high, low;
-            fix(x, __fdividef(LARGEST, largest), high, low);
-            factors[2 * (first + j) * K::STRIDE + at] = high;
-            factors[(2 * (first + j) + 1) * K::STRIDE + at] = low;
+            unit[tile] *= 1.0f / LARGEST;
         }
         __syncwarp();
-        const float base = sum_for_query<DIM, PER>(bias, lane);
-        float unit;
-        if constexpr (PER == 4) {
-            const bool upper = lane & 2, odd = lane & 1;
-            unit = upper ? (odd ? inverse[3] : inverse[2]) : (odd ? inverse[1] : inverse[0]);
-        } else {
-            const float mine = __shfl_sync(~0u, inverse[0], (lane & 2) << 3), other = __shfl_sync(~0u, inverse[1], (lane & 2) << 3);
-            unit = lane & 1 ? other : mine;
-        }
-        unit *= 1.0f / LARGEST;
-        int result[K::OUT / 2][4] = {};
-        if (BOOSTED > 0 && boosted > 0) {
+        typename K::template Sums<TILES> result = {};
+        if (boosted > 0) {
             const uint8_t* bits = keys + KEYS;
             const uint16_t* channels = reinterpret_cast<const uint16_t*>(bits + boosted * (GROUP / 8));
-            K::multiply_high(bits, channels, boosted, factors, lane, result);
+            K::template multiply_high<TILES>(bits, channels, boosted, factors, lane, result);
         }
-        K::multiply(keys, factors, lane, result);
+        K::template multiply<TILES>(keys, factors, lane, result);
 #pragma unroll
-        for (int o = 0; o < K::OUT; ++o)
-            score[o] = fmaf(unfixed(result[o / 2][o % 2 * 2], result[o / 2][o % 2 * 2 + 1]), unit * K::weight(o), base);
+        for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+            for (int o = 0; o < K::OUT; ++o) {
+                const int* parts = result[tile][o / 2] + o % 2 * 2;
+                score[tile][o] = fmaf(unfixed(parts[0], parts[1]), unit[tile] * K::weight(o), base[tile]);
+            }
     }
 
     // Add a page's values with weights `p`.
-    __device__ static void add(const uint8_t* values, float (&p)[K::OUT], uint32_t* factors, int lane, Softmax& s) {
+    __device__ static void add(const uint8_t* values, float (&p)[TILES][K::OUT], uint32_t* factors, int lane,
+                               Softmax (&s)[TILES]) {
         const int g = lane / 4, t = lane % 4;
         const uint8_t* scales = values + (AT.v_scale - AT.v_codes);
         const uint8_t* mins = values + (AT.v_min - AT.v_codes);
-        float largest = 1e-30f;
+        float largest[TILES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) largest[tile] = 1e-30f;
         // Four tokens in a row are results i, i + PLANES, ...
         constexpr int P = K::PLANES;
 #pragma unroll
@@ -212,83 +235,106 @@ struct Kernel {
             four_halves(scales + 2 * K::element(first, g), scale);
             four_halves(mins + 2 * K::element(first, g), min);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float& x = p[first + i * P];
-                s.base = fmaf(x, min[i], s.base);
-                x *= scale[i];
-                largest = fmaxf(largest, x);
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float& x = p[tile][first + i * P];
+                    s[tile].base = fmaf(x, min[i], s[tile].base);
+                    x *= scale[i];
+                    largest[tile] = fmaxf(largest[tile], x);
+                }
+        }
+        __syncwarp();
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            largest[tile] = max_over_groups(largest[tile]);
+            const float inverse = __fdividef(LARGEST, largest[tile]);
+            uint32_t* column = factors + tile * V::TILE + 2 * t * V::STRIDE;
+#pragma unroll
+            for (int four = 0; four < K::OUT / 4; ++four) {
+                const int first = four / P * 4 * P + four % P;
+                const float x[4] = {p[tile][first], p[tile][first + P], p[tile][first + 2 * P], p[tile][first + 3 * P]};
+                uint32_t high, low;
+                fix(x, inverse, high, low);
+                column[K::element(first, g) / 4] = high;
+                column[V::STRIDE + K::element(first, g) / 4] = low;
             }
         }
-        largest = max_over_groups(largest);
-        const float inverse = __fdividef(LARGEST, largest);
         __syncwarp();
+        typename V::template Sums<TILES> result = {};
+        V::template multiply<TILES>(values, factors, lane, result);
 #pragma unroll
-        for (int four = 0; four < K::OUT / 4; ++four) {
-            const int first = four / P * 4 * P + four % P;
-            const float x[4] = {p[first], p[first + P], p[first + 2 * P], p[first + 3 * P]};
-            uint32_t high, low;
-            fix(x, inverse, high, low);
-            factors[2 * t * V::STRIDE + K::element(first, g) / 4] = high;
-            factors[(2 * t + 1) * V::STRIDE + K::element(first, g) / 4] = low;
+        for (int tile = 0; tile < TILES; ++tile) {
+            const float unit = largest[tile] * (1.0f / LARGEST);
+#pragma unroll
+            for (int o = 0; o < V::OUT; ++o) {
+                const int* parts = result[tile][o / 2] + o % 2 * 2;
+                s[tile].out[o] = fmaf(unfixed(parts[0], parts[1]), unit * V::weight(o), s[tile].out[o]);
+            }
         }
-        __syncwarp();
-        int result[V::OUT / 2][4] = {};
-        V::multiply(values, factors, lane, result);
-        const float unit = largest * (1.0f / LARGEST);
-#pragma unroll
-        for (int o = 0; o < V::OUT; ++o)
-            s.out[o] =
-                fmaf(unfixed(result[o / 2][o % 2 * 2], result[o / 2][o % 2 * 2 + 1]), unit * V::weight(o), s.out[o]);
     }
 
-    // Every WARPS-th page of an item.
-    __device__ static void pages(const Layer& l, const uint32_t* tables, const Item& item, int head, float softcap,
-                                 const float (&q)[PER][4], Warp& shared, int warp, int lane, Softmax& s) {
+    // Every WARPS-th page of an item. All threads of the block read its queries while the first pages are on their way.
+    __device__ static void pages(const Layer& l, const uint32_t* tables, const Item& item, int head, const Query& query,
+                                 const E* from, int queries, Shared& shared, int warp, int lane, Softmax (&s)[TILES]) {
         const PageLayout layout(GROUP, DIM, DIM, KB, VB, l.outliers, l.boosted);
         const uint32_t high = layout.k_high, high_len = layout.head_bytes - high, values_len = high - AT.v_codes;
         const int count = (static_cast<int>(item.to - item.from) - warp + WARPS - 1) / WARPS;
-        Ring<SLOT> ring{shared.ring, shared.barrier};
+        const uint32_t* blocks = tables + item.from + warp;
+        Warp& mine = shared.warp[warp];
+        const Ring<SLOT> ring{mine.ring, mine.barrier};
         ring.init(lane);
-        auto part = [&](int page) { return head_part(l, tables[item.from + warp + page * WARPS], head, layout.head_bytes); };
-        const uint8_t* next = count > 0 ? part(0) : nullptr;
+        static_assert(WARPS <= ITEM_FIRST, "an item knows the first page of each warp");
+        auto block = [&](int page) { return page == 0 ? item.first[warp] : blocks[page * WARPS]; };
+        auto part = [&](int page) { return head_part(l, block(page), head, layout.head_bytes); };
+        const uint8_t* next = nullptr;
         if (count > 0) {
+            next = part(0);
             ring.load(0, next, KEYS, next + high, high_len, lane);
             ring.commit();
             ring.load(1, next + AT.v_codes, values_len, nullptr, 0, lane);
             ring.commit();
         }
         if (count > 1) next = part(1);
+#pragma unroll
+        for (int i = 0; i < HEADS * DIM / (WARPS * 32); ++i) {
+            const int j = (threadIdx.x + i * WARPS * 32) / DIM, c = (threadIdx.x + i * WARPS * 32) % DIM;
+            shared.q[j][c] = j < queries ? to_float(from[j * query.head + c]) * query.scale : 0.0f;
+        }
+        __syncthreads();
         for (int page = 0; page < count; ++page) {
-            float score[K::OUT];
+            float score[TILES][K::OUT];
             ring.wait(2 * page);
-            scores(ring.slot(2 * page), l.boosted, q, shared.factors, lane, score);
+            scores(ring.slot(2 * page), l.boosted, shared.q, mine.factors, lane, score);
             __syncwarp();
             if (page + 1 < count) ring.load(2 * page + 2, next, KEYS, next + high, high_len, lane);
             ring.commit();
             ring.wait(2 * page + 1);
             const uint8_t* values = ring.slot(2 * page + 1);
             const uint8_t* slots = values + (AT.trace - AT.v_codes) + 4 * l.outliers;
-            if (softcap != 0.0f)
-#pragma unroll
-                for (int o = 0; o < K::OUT; ++o) score[o] = capped(score[o], softcap);
             const bool has_traced = l.outliers > 0 && slots[0] != NO_SLOT;
-            if (has_traced) hide(slots, l.outliers, lane, score);
-            float max = score[0];
 #pragma unroll
-            for (int o = 1; o < K::OUT; ++o) max = fmaxf(max, score[o]);
-            max = max_over_groups(max);
-            if (max > s.max) s.raise(max);
+            for (int tile = 0; tile < TILES; ++tile) {
+                if (query.softcap != 0.0f)
 #pragma unroll
-            for (int o = 0; o < K::OUT; ++o) {
-                score[o] = exp2f(score[o] - s.max);
-                s.sum += score[o];
+                    for (int o = 0; o < K::OUT; ++o) score[tile][o] = capped(score[tile][o], query.softcap);
+                if (has_traced) hide(slots, l.outliers, lane, score[tile]);
+                float max = score[tile][0];
+#pragma unroll
+                for (int o = 1; o < K::OUT; ++o) max = fmaxf(max, score[tile][o]);
+                max = max_over_groups(max);
+                if (max > s[tile].max) s[tile].raise(max);
+#pragma unroll
+                for (int o = 0; o < K::OUT; ++o) {
+                    score[tile][o] = exp2f(score[tile][o] - s[tile].max);
+                    s[tile].sum += score[tile][o];
+                }
             }
-            add(values, score, shared.factors, lane, s);
+            add(values, score, mine.factors, lane, s);
             if (has_traced) {
-                const uint32_t block = tables[item.from + warp + page * WARPS];
-                const uint32_t* places = l.places + (static_cast<size_t>(block) * l.kv_heads + head) * l.outliers;
+                const uint32_t* places = l.places + (static_cast<size_t>(block(page)) * l.kv_heads + head) * l.outliers;
                 for (uint32_t i = 0; i < l.outliers && slots[i] != NO_SLOT; ++i)
-                    add_traced(traced<E>(l, places[i]), q, softcap, lane, s);
+                    add_traced(traced<E>(l, places[i]), shared.q, query.softcap, lane, s);
             }
             __syncwarp();
             if (page + 1 < count) ring.load(2 * page + 3, next + AT.v_codes, values_len, nullptr, 0, lane);
@@ -305,25 +351,38 @@ struct Kernel {
                 if (slots[i] == K::element(o, lane / 4)) score[o] = -INFINITY;
     }
 
-    __device__ static void add_traced(Token<E> token, const float (&q)[PER][4], float softcap, int lane, Softmax& s) {
+    __device__ static void add_traced(Token<E> token, const float (&q)[HEADS][DIM], float softcap, int lane,
+                                      Softmax (&s)[TILES]) {
         const int at = lane % (DIM / 4);
-        float dot[PER] = {};
+#pragma unroll 1
+        for (int tile = 0; tile < TILES; ++tile) {
+            float dot[PER] = {};
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < PER; ++j) {
+                float of[4];
+                query_channels(q, tile, j, lane, of);
 #pragma unroll
-            for (int j = 0; j < PER; ++j) dot[j] = fmaf(q[j][i], to_float(token.k[4 * at + i]), dot[j]);
-        const float score = capped(sum_for_query<DIM, PER>(dot, lane), softcap);
-        if (score > s.max) s.raise(score);
-        const float p = exp2f(score - s.max);
-        if (lane / 4 == 0) s.sum += p;
+                for (int i = 0; i < 4; ++i) dot[j] = fmaf(of[i], to_float(token.k[4 * at + i]), dot[j]);
+            }
+            const float score = capped(sum_for_query<DIM, PER>(dot, lane), softcap);
+            // Tiles by constant numbers, so that they stay in registers.
 #pragma unroll
-        for (int o = 0; o < V::OUT; ++o) s.out[o] = fmaf(p, to_float(token.v[V::element(o, lane / 4)]), s.out[o]);
+            for (int i = 0; i < TILES; ++i) {
+                if (i != tile) continue;
+                if (score > s[i].max) s[i].raise(score);
+                const float p = exp2f(score - s[i].max);
+                if (lane / 4 == 0) s[i].sum += p;
+#pragma unroll
+                for (int o = 0; o < V::OUT; ++o)
+                    s[i].out[o] = fmaf(p, to_float(token.v[V::element(o, lane / 4)]), s[i].out[o]);
+            }
+        }
     }
 
     // Tokens of the window, 16 to a warp at a time, on tensor cores as numbers. Thread `t` of a quad takes 8 channels
     // of keys side by side and the tokens 2t, 2t + 1, 2t + 8, 2t + 9 of values, so that all loads are 16 bytes wide.
     // Weights are a high and a low part, as with codes. Results are those of channels 64u + 8g + i.
-    static constexpr int TILE = 16;
+    static constexpr int ROWS = 16;
 
     __device__ static void window(const Layer& l, const Row& row, const Item& item, int head, const Query& query,
                                   const E* from, int queries, int warp, int lane, Softmax& s) {
@@ -338,9 +397,11 @@ struct Kernel {
                     q[i][k] = pair_of(two[0], two[1]);
                 }
         }
-        for (int start = item.from + warp * TILE; start < static_cast<int>(item.to); start += WARPS * TILE) {
-            const int last = min(TILE, static_cast<int>(item.to) - start) - 1;
-            const Token<E> first = staged<E>(l, row.chunk, start, head);
+        for (int start = item.from + warp * ROWS; start < static_cast<int>(item.to); start += WARPS * ROWS) {
+            const int last = min(ROWS, static_cast<int>(item.to) - start) - 1;
+            const int known = start / CHUNK - static_cast<int>(item.from) / CHUNK;
+            const uint32_t chunk = known < ITEM_FIRST ? item.first[known] : row.chunk[start / CHUNK];
+            const Token<E> first = in_chunk<E>(l, chunk, start % CHUNK, head);
             uint4 key[DIM / 32][2], value[DIM / 64][4];
 #pragma unroll
             for (int i = 0; i < DIM / 32; ++i)
@@ -390,45 +451,47 @@ struct Kernel {
         }
     }
 
-    // grid (items, kv_heads, ceil(queries of a kv head / 4)). The block that comes last joins the items of its row.
+    // grid (items, kv_heads, ceil(queries of a kv head / HEADS)). The block that comes last joins the items of its row.
     __device__ static void run(const Layer& l, const Row* rows, const uint32_t* tables, const Item* items,
                                const uint2* of_row, const Query& query, Shared& shared) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y;
-        const Item item = items[blockIdx.x];
-        const int ratio = query.num_heads / l.kv_heads, first = blockIdx.z * QUERIES;
-        const int queries = min(QUERIES, ratio - first);
-        const E* from = static_cast<const E*>(query.q) + item.row * query.row + (head * ratio + first) * query.head;
-        Softmax s;
-        if (item.window) {
-            window(l, rows[item.row], item, head, query, from, queries, warp, lane, s);
+        const Item& item = items[blockIdx.x];
+        const uint32_t row = item.row;
+        const bool in_window = item.window;
+        const uint2 range = of_row[row];
+        const int ratio = query.num_heads / l.kv_heads, first = blockIdx.z * HEADS;
+        const int queries = min(HEADS, ratio - first);
+        const E* from = static_cast<const E*>(query.q) + row * query.row + (head * ratio + first) * query.head;
+        Softmax s[TILES];
+        if (in_window) {
+            for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+                for (int i = 0; i < TILES; ++i)
+                    if (i == tile)
+                        window(l, rows[row], item, head, query, from + tile * QUERIES * query.head,
+                               queries - tile * QUERIES, warp, lane, s[i]);
         } else {
-            float q[PER][4];
-#pragma unroll
-            for (int j = 0; j < PER; ++j)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int of = lane / (DIM / 4) * PER + j, c = lane % (DIM / 4) * 4 + i;
-                    q[j][i] = of < queries ? to_float(from[of * query.head + c]) * query.scale : 0.0f;
-                }
-            pages(l, tables, item, head, query.softcap, q, shared.warp[warp], warp, lane, s);
-        }
-        for (int h = 4; h < 32; h *= 2) {
-            s.sum += __shfl_xor_sync(~0u, s.sum, h);
-            s.base += __shfl_xor_sync(~0u, s.base, h);
+            pages(l, tables, item, head, query, from, queries, shared, warp, lane, s);
         }
         // A page's last bytes have arrived, and all lanes have read them.
         __syncwarp();
-        float* mine = reinterpret_cast<float*>(shared.warp[warp].ring) + lane % 4 * DIM;
 #pragma unroll
-        for (int o = 0; o < V::OUT; ++o)
-            mine[item.window ? o / 8 * 64 + lane / 4 * 8 + o % 8 : V::element(o, lane / 4)] = s.out[o] + s.base;
-        if (lane < QUERIES) shared.max[warp][lane] = s.max;
-        if (lane < QUERIES) shared.sum[warp][lane] = s.sum;
+        for (int tile = 0; tile < TILES; ++tile) {
+            for (int h = 4; h < 32; h *= 2) {
+                s[tile].sum += __shfl_xor_sync(~0u, s[tile].sum, h);
+                s[tile].base += __shfl_xor_sync(~0u, s[tile].base, h);
+            }
+            const int j = tile * QUERIES + lane % 4;
+            float* mine = reinterpret_cast<float*>(shared.warp[warp].ring) + j * DIM;
+#pragma unroll
+            for (int o = 0; o < V::OUT; ++o)
+                mine[in_window ? o / 8 * 64 + lane / 4 * 8 + o % 8 : V::element(o, lane / 4)] = s[tile].out[o] + s[tile].base;
+            if (lane < QUERIES) shared.max[warp][j] = s[tile].max;
+            if (lane < QUERIES) shared.sum[warp][j] = s[tile].sum;
+        }
         __syncthreads();
 
         // This thread's numbers: consecutive channels of one query.
-        const uint2 range = of_row[item.row];
-        const bool alone = range.y - range.x == 1;
         const int j = threadIdx.x * EACH / DIM, c = threadIdx.x * EACH % DIM;
         float max = shared.max[0][j], sum = 0.0f, value[EACH] = {};
         for (int w = 1; w < WARPS; ++w) max = fmaxf(max, shared.max[w][j]);
@@ -439,94 +502,99 @@ struct Kernel {
 #pragma unroll
             for (int k = 0; k < EACH; ++k) value[k] = fmaf(of[k], weight, value[k]);
         }
-        const size_t stride = static_cast<size_t>(query.num_heads) * (DIM + PARTIAL);
-        float* sums = partial(query, range.x, head * ratio + first, DIM);
-        if (!alone) {
-            float* to = sums + (blockIdx.x - range.x) * stride + j * (DIM + PARTIAL);
+        if (range.y - range.x > 1) {
+            const size_t stride = static_cast<size_t>(query.num_heads) * (DIM + PARTIAL);
+            float* sums = partial(query, range.x, head * ratio + first + min(j, queries - 1), DIM);
+            float* to = sums + (blockIdx.x - range.x) * stride;
             if (j < queries) {
                 write(to + c, value);
-                if (c == 0) to[DIM] = max;
-                if (c == 0) to[DIM + 1] = sum;
+                if (c == 0) *reinterpret_cast<float2*>(to + DIM) = make_float2(max, sum);
             }
-            __threadfence();
             __syncthreads();
-            uint32_t* arrived = query.arrived + (item.row * gridDim.y + head) * gridDim.z + blockIdx.z;
             if (threadIdx.x == 0) {
-                shared.last = atomicAdd(arrived, 1) == range.y - range.x - 1;
+                uint32_t* arrived = query.arrived + (row * gridDim.y + head) * gridDim.z + blockIdx.z;
+                shared.last = count_in_order(arrived) == range.y - range.x - 1;
                 if (shared.last) *arrived = 0;
             }
             __syncthreads();
             if (!shared.last) return;
-            __threadfence();
-            sum = join(sums, range.y - range.x, stride, queries, j, c, shared, warp, lane, value);
+            sum = join(sums, range.y - range.x, stride, c, value);
         }
         finish(value, sum, l.rotate != 0, queries,
                static_cast<E*>(query.out) +
-                   (static_cast<size_t>(item.row) * query.num_heads + head * ratio + first) * DIM,
+                   (static_cast<size_t>(row) * query.num_heads + head * ratio + first) * DIM,
                shared);
     }
 
     // Results of a thread of the block.
-    static constexpr int EACH = QUERIES * DIM / (WARPS * 32);
+    static constexpr int EACH = HEADS * DIM / (WARPS * 32);
 
     __device__ static void write(float* to, const float (&x)[EACH]) {
-        if constexpr (EACH == 4)
-            *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
-        else
+        if constexpr (EACH % 4 == 0) {
+#pragma unroll
+            for (int k = 0; k < EACH; k += 4)
+                *reinterpret_cast<float4*>(to + k) = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+        } else {
             *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
+        }
     }
 
     // As they are now, for all of the device.
     __device__ static void read(const float* from, float (&x)[EACH]) {
-        if constexpr (EACH == 4) {
-            const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
-            x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+        if constexpr (EACH % 4 == 0) {
+#pragma unroll
+            for (int k = 0; k < EACH; k += 4) {
+                const float4 four = __ldcg(reinterpret_cast<const float4*>(from + k));
+                x[k] = four.x, x[k + 1] = four.y, x[k + 2] = four.z, x[k + 3] = four.w;
+            }
         } else {
             const float2 two = __ldcg(reinterpret_cast<const float2*>(from));
             x[0] = two.x, x[1] = two.y;
         }
     }
 
-    // Join `count` items of a row: a warp weighs one query's items, then each thread adds up `EACH` channels of query `j`,
-    // from `c` on. Returns the sum of weights.
-    __device__ static float join(const float* sums, int count, size_t stride, int queries, int j, int c, Shared& shared,
-                                 int warp, int lane, float (&value)[EACH]) {
-        float* weights = reinterpret_cast<float*>(shared.warp[0].ring);
-        if (warp < queries) {
-            const float* of = sums + warp * (DIM + PARTIAL) + DIM;
-            float max = -INFINITY, sum = 0.0f;
-            for (int i = lane; i < count; i += 32) max = fmaxf(max, __ldcg(of + i * stride));
-            for (int h = 1; h < 32; h *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, h));
-            for (int i = lane; i < count; i += 32) {
-                const float weight = exp2f(__ldcg(of + i * stride) - max);
-                sum += __ldcg(of + i * stride + 1) * weight;
-                weights[i * QUERIES + warp] = weight;
-            }
-            for (int h = 1; h < 32; h *= 2) sum += __shfl_xor_sync(~0u, sum, h);
-            if (lane == 0) shared.sum[0][warp] = sum;
-        }
-        __syncthreads();
+    // Join the `count` items of a row, as many at a time as keep the memory busy: `EACH` channels of one query from `c`
+    // on. Returns the sum of weights.
+    static constexpr int AT_ONCE = EACH == 2 ? 16 : 48 / EACH;
+
+    __device__ static float join(const float* sums, int count, size_t stride, int c, float (&value)[EACH]) {
+        float max = -INFINITY, sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < EACH; ++k) value[k] = 0.0f;
-        if (j >= queries) return 1.0f;
-        // Many loads on their way at once.
-        const float* of = sums + j * (DIM + PARTIAL) + c;
-#pragma unroll 8
-        for (int n = 0; n < count; ++n) {
-            float x[EACH];
-            read(of + n * stride, x);
+#pragma unroll 1
+        for (int from = 0; from < count; from += AT_ONCE) {
+            float2 found[AT_ONCE];
+            float x[AT_ONCE][EACH];
 #pragma unroll
-            for (int k = 0; k < EACH; ++k) value[k] = fmaf(weights[n * QUERIES + j], x[k], value[k]);
+            for (int n = 0; n < AT_ONCE; ++n) {
+                const float* of = sums + min(from + n, count - 1) * stride;
+                found[n] = __ldcg(reinterpret_cast<const float2*>(of + DIM));
+                read(of + c, x[n]);
+            }
+            float to = max;
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) to = fmaxf(to, found[n].x);
+            const float shrink = exp2f(max - to);
+            max = to;
+            sum *= shrink;
+#pragma unroll
+            for (int k = 0; k < EACH; ++k) value[k] *= shrink;
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) {
+                const float weight = from + n < count ? exp2f(found[n].x - max) : 0.0f;
+                sum = fmaf(found[n].y, weight, sum);
+#pragma unroll
+                for (int k = 0; k < EACH; ++k) value[k] = fmaf(x[n][k], weight, value[k]);
+            }
         }
-        return shared.sum[0][j];
+        return sum;
     }
 
     // Divide by the sum of weights, turn back into the model's basis and write: thread `t` then has channel `t % DIM`.
     __device__ static void finish(const float (&value)[EACH], float sum, bool rotated, int queries, E* out,
                                   Shared& shared) {
-        // Neither weights nor what the warps found lie here.
-        float* all = reinterpret_cast<float*>(shared.warp[1].ring) + QUERIES * DIM;
-        static_assert(2 * sizeof(float) * QUERIES * DIM <= sizeof(Warp::ring), "results fit beside those of a warp");
+        // What the warps found lies in the first half.
+        float* all = reinterpret_cast<float*>(shared.warp[0].ring) + HEADS * DIM;
         const float inverse = __fdividef(1.0f, sum);
         float x[EACH];
 #pragma unroll
@@ -546,23 +614,29 @@ struct Kernel {
 
 }  // namespace ott
 
-#define OTT_DECODE_MMA(name, E, DIM, KB, VB)                                                                     \
-    extern "C" __global__ void __launch_bounds__(128, KB == 3 ? 3 : 4) name(                                                  \
+// Blocks on a multiprocessor are as many as need no local memory.
+#define OTT_DECODE_MMA(name, E, DIM, KB, VB, TILES)                                                              \
+    extern "C" __global__ void __launch_bounds__(128, 5 - TILES - (KB == 3)) name(                         \
         ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, const uint2* of_row,  \
         ott::Query query) {                                                                                      \
         extern __shared__ __align__(128) uint8_t shared[];                                                       \
-        using Kernel = ott::Kernel<E, DIM, KB, VB>;                                                              \
-        Kernel::run(l, rows, tables, items, of_row, query, *reinterpret_cast<Kernel::Shared*>(shared));                  \
+        using Kernel = ott::Kernel<E, DIM, KB, VB, TILES>;                                                       \
+        Kernel::run(l, rows, tables, items, of_row, query, *reinterpret_cast<Kernel::Shared*>(shared));          \
     }                                                                                                            \
     /* Bytes of shared memory that a launch asks for. */                                                         \
-    extern "C" __device__ uint32_t name##_shared = sizeof(ott::Kernel<E, DIM, KB, VB>::Shared);
+    extern "C" __device__ uint32_t name##_shared = sizeof(ott::Kernel<E, DIM, KB, VB, TILES>::Shared);
 
-#define OTT_DECODE_MMA_BITS(suffix, E, DIM)                          \
-    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_2_2, E, DIM, 2, 2) \
-    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_3_2, E, DIM, 3, 2) \
-    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_3_3, E, DIM, 3, 3) \
-    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_4_2, E, DIM, 4, 2) \
-    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_4_4, E, DIM, 4, 4)
+// ott_decode_mma_<type>_<head_dim>_<key bits>_<value bits>_<query heads of a block>
+#define OTT_DECODE_MMA_TILES(suffix, E, DIM, KB, VB)                                    \
+    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_##KB##_##VB##_4, E, DIM, KB, VB, 1) \
+    OTT_DECODE_MMA(ott_decode_mma_##suffix##_##DIM##_##KB##_##VB##_8, E, DIM, KB, VB, 2)
+
+#define OTT_DECODE_MMA_BITS(suffix, E, DIM)    \
+    OTT_DECODE_MMA_TILES(suffix, E, DIM, 2, 2) \
+    OTT_DECODE_MMA_TILES(suffix, E, DIM, 3, 2) \
+    OTT_DECODE_MMA_TILES(suffix, E, DIM, 3, 3) \
+    OTT_DECODE_MMA_TILES(suffix, E, DIM, 4, 2) \
+    OTT_DECODE_MMA_TILES(suffix, E, DIM, 4, 4)
 
 OTT_DECODE_MMA_BITS(f16, __half, 64)
 OTT_DECODE_MMA_BITS(f16, __half, 128)

@@ -30,7 +30,7 @@ struct PageLayout {
     std::size_t k_codes, k_scale, k_min, v_codes, v_scale, v_min, trace, k_high, k_boosted, head_bytes;
 
     // group: tokens of a page; outliers: members of the pool in this layer (0 where it does not trace); boosted: key
-    // channels with a third bit.
+    // channels with one more bit.
     OTT_BOTH constexpr PageLayout(std::size_t group, std::size_t k_dim, std::size_t v_dim, std::size_t k_bits,
                                   std::size_t v_bits, std::size_t outliers, std::size_t boosted)
         : k_codes(0),

@@ -17,6 +17,7 @@ extern "C" __global__ void ott_probe(ott::Layer l, const ott::Row* row, ott::Fre
     *out++ = address(fresh.data);
     for (int64_t x : {fresh.row, fresh.head, fresh.token}) *out++ = static_cast<uint64_t>(x);
     for (uint32_t x : {item->row, item->window, item->from, item->to}) *out++ = x;
+    for (uint32_t x : item->first) *out++ = x;
     *out++ = address(query.q);
     for (int64_t x : {query.row, query.head}) *out++ = static_cast<uint64_t>(x);
     for (const void* p : {static_cast<const void*>(query.out), static_cast<const void*>(query.sums),

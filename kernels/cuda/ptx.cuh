@@ -48,6 +48,14 @@ __device__ inline void mma_numbers<__nv_bfloat16>(float (&c)[4], uint32_t a0, ui
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Add 1 and return what was there. What this thread saw written before is written for whoever adds after, on the whole
+// device.
+__device__ inline uint32_t count_in_order(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // The largest of a warp's numbers, none below 0: then their bits are in the order of the numbers.
 __device__ inline float warp_max_of_positive(float x) {
     return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(x)));

@@ -1,4 +1,4 @@
-// Seal the groups that leave the window: trace, quantize, then give the worst key channels a third bit. New values are
+// Seal the groups that leave the window: trace, quantize, then give the worst key channels one more bit. New values are
 // those that `ott_rotate` has turned, where values are rotated. Bit for bit what the CPU's scalar code makes
 // (docs/layout.md, "Equal bits"): compiled without contraction, sums in the same lanes, true divisions.
 #include "cache.cuh"
@@ -321,7 +321,7 @@ __device__ void quantize(const Layer& l, const Row* rows, const uint32_t* tables
     }
 }
 
-// Third bits: the channels whose error at two bits is largest, of equals the lower, quantized at three.
+// One more bit for the channels whose error at `k_bits` is largest, of equals the lower.
 // grid (kv_heads, groups), BOOSTERS threads; after `quantize`
 constexpr int BOOSTERS = 512;
 constexpr int MAX_BOOSTED = MAX_DIM / 2;
@@ -345,7 +345,7 @@ __device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, c
         const uint32_t mask = group.channel(channel, lane, x);
         const Affine a = {reinterpret_cast<const __half*>(group.page + layout.k_scale)[channel],
                           reinterpret_cast<const __half*>(group.page + layout.k_min)[channel]};
-        const float sum = lane_sum(lane_error(x, mask, count, a, 3.0f));
+        const float sum = lane_sum(lane_error(x, mask, count, a, static_cast<float>((1 << l.k_bits) - 1)));
         if (lane == 0 && c < k_dim) error[c] = sum;
     }
     __syncthreads();
@@ -363,12 +363,15 @@ __device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, c
         reinterpret_cast<uint16_t*>(group.page + layout.k_boosted)[place] = static_cast<uint16_t>(c);
     }
     __syncthreads();
+    // Padding is zero: a page is compared byte by byte.
+    for (size_t i = layout.k_high + boosted * high + threadIdx.x; i < layout.k_boosted; i += BOOSTERS) group.page[i] = 0;
+    for (size_t i = layout.k_boosted + 2 * boosted + threadIdx.x; i < layout.head_bytes; i += BOOSTERS) group.page[i] = 0;
     for (int n = half; n < align_up(boosted, 2); n += BOOSTERS / LANES) {
         // An odd one out is made twice, alike.
         const int place = min(n, boosted - 1);
-        group.quantize_channel(chosen[place], lane, 3, codes[half]);
+        group.quantize_channel(chosen[place], lane, l.k_bits + 1, codes[half]);
         for (int j = lane; j < high; j += LANES)
-            group.page[layout.k_high + place * high + j] = packed_byte(codes[half], l.group, 3, 2 * high + j);
+            group.page[layout.k_high + place * high + j] = packed_bits(codes[half], l.group, l.k_bits, 1, j);
         __syncwarp();
     }
 }

@@ -2,6 +2,8 @@
 
 /// Most chunks of one row's window.
 pub const WINDOW_CHUNKS: usize = 8;
+/// Blocks or chunks that an item names.
+pub const ITEM_FIRST: usize = 4;
 /// No chunk, no place, no page.
 pub const NONE: u32 = u32::MAX;
 
@@ -79,7 +81,7 @@ pub struct Layer {
     pub extra: u32,
     /// Whether key ranges are searched.
     pub clip: u32,
-    /// Key channels with a third bit.
+    /// Key channels with one more bit.
     pub boosted: u32,
     /// Whether values are kept in another basis.
     pub rotate: u32,
@@ -111,12 +113,18 @@ pub struct Item {
     pub from: u32,
     /// End.
     pub to: u32,
+    /// The first blocks, or the first chunks of the window; [`NONE`] where there are fewer.
+    pub first: [u32; ITEM_FIRST],
 }
 
 impl Item {
     /// As the device reads it.
-    pub fn words(&self) -> [u32; 4] {
-        [self.row, self.window, self.from, self.to]
+    pub fn words(&self) -> [u32; 4 + ITEM_FIRST] {
+        let mut words = [0; 4 + ITEM_FIRST];
+        let (numbers, first) = words.split_at_mut(4);
+        numbers.copy_from_slice(&[self.row, self.window, self.from, self.to]);
+        first.copy_from_slice(&self.first);
+        words
     }
 }
 

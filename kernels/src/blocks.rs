@@ -350,13 +350,15 @@ mod tests {
 
     #[test]
     fn a_step_that_does_not_fit_changes_nothing() {
-        let mut blocks = Blocks::new(8, 6, 128, 32);
+        let mut blocks = Blocks::new(8, 5, 128, 32);
         blocks.begin(&[step(0, 100, &[1])]).expect("fits");
         let both = [step(100, 60, &[1, 2]), step(0, 159, &[3, 4])];
         assert_eq!(blocks.begin(&both).err(), Some(Refused::Full));
-        assert_eq!((blocks.chunks_free(), blocks.held(1)), (2, 100));
+        assert_eq!((blocks.chunks_free(), blocks.held(1)), (1, 100));
+        // What a block gives up when it is sealed serves the same step.
         blocks.begin(&both[..1]).expect("fits");
-        assert_eq!(blocks.begin(&both[1..]).expect("fits")[0].chunks.len(), 5);
+        let third = [step(0, 128, &[3, 4])];
+        assert_eq!(blocks.begin(&third).expect("fits")[0].chunks.len(), 4);
     }
 
     #[test]

@@ -10,8 +10,9 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
-use crate::abi::{Fresh, Item, Layer, Query, Row, WINDOW_CHUNKS};
-use crate::plan::{lanes, Plan};
+use crate::abi::{Fresh, Item, Layer, Query, Row, ITEM_FIRST, WINDOW_CHUNKS};
+use crate::image::image;
+use crate::plan::{lanes, Plan, NARROW, WIDE};
 use crate::shape::LayerShape;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
@@ -22,11 +23,9 @@ unsafe impl DeviceRepr for Fresh {}
 unsafe impl DeviceRepr for Query {}
 
 /// Fields of all structs, and sections of a page.
-const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + 9 + 10;
+const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
 /// Threads of every block.
 const THREADS: u32 = 128;
-/// Query heads of a tile of the tensor-core kernel, as in `plan`.
-const QUERIES: u32 = 4;
 /// Layers whose faults are told apart.
 const LAYERS: usize = 1024;
 /// Threads of a block that gives third bits.
@@ -104,12 +103,6 @@ pub struct Kernels {
     multiprocessors: usize,
 }
 
-macro_rules! fatbin {
-    ($name:literal) => {
-        include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")).to_vec()
-    };
-}
-
 impl Kernels {
     /// Load the kernels into the stream's context.
     ///
@@ -128,12 +121,12 @@ impl Kernels {
                 words: Mutex::new(stream.alloc_zeros(LAYERS)?),
                 stream: Arc::clone(stream),
             }),
-            count: load(fatbin!("count"))?,
-            store: load(fatbin!("store"))?,
-            seal: load(fatbin!("seal"))?,
-            decode: load(fatbin!("decode"))?,
-            decode_mma: load(fatbin!("decode_mma"))?,
-            probe: load(fatbin!("probe"))?,
+            count: load(image("count"))?,
+            store: load(image("store"))?,
+            seal: load(image("seal"))?,
+            decode: load(image("decode"))?,
+            decode_mma: load(image("decode_mma"))?,
+            probe: load(image("probe"))?,
             multiprocessors: context.attribute(count)? as usize,
         })
     }
@@ -177,6 +170,24 @@ impl Kernels {
     }
 }
 
+/// The kernels for attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attention {
+    /// Any shape.
+    Clear,
+    /// On tensor cores, 4 query heads at once.
+    Narrow,
+    /// On tensor cores, 8 query heads at once, where a kv head has more than 4.
+    Wide,
+}
+
+/// A tensor-core kernel: its shared memory, and the query heads that a block takes.
+struct Tuned {
+    function: CudaFunction,
+    shared: u32,
+    heads: usize,
+}
+
 /// One layer's memory on the device, and its kernels.
 pub struct DeviceLayer {
     /// What never changes.
@@ -200,7 +211,8 @@ pub struct DeviceLayer {
     boost: CudaFunction,
     rotate: CudaFunction,
     clear_decode: CudaFunction,
-    tuned_decode: Option<(CudaFunction, u32)>,
+    narrow_decode: Option<Tuned>,
+    wide_decode: Option<Tuned>,
     merge: CudaFunction,
     gather: CudaFunction,
     slots: usize,
@@ -287,13 +299,17 @@ impl DeviceLayer {
             let name = format!("ott_{name}_{suffix}");
             module.load_function(&name).context(name)
         };
-        let tuned = tuned(kernels, &shape, dtype)?;
-        let per_multiprocessor = match &tuned {
-            Some((function, shared)) => function.occupancy_max_active_blocks_per_multiprocessor(
-                THREADS,
-                *shared as usize,
-                None,
-            )?,
+        let narrow = tuned(kernels, &shape, dtype, NARROW)?;
+        let wide = match num_heads / shape.num_kv_heads > NARROW {
+            true => tuned(kernels, &shape, dtype, WIDE)?,
+            false => None,
+        };
+        let per_multiprocessor = match &narrow {
+            Some(tuned) => {
+                let function = &tuned.function;
+                let shared = tuned.shared as usize;
+                function.occupancy_max_active_blocks_per_multiprocessor(THREADS, shared, None)?
+            }
             None => 8,
         };
         Ok(Self {
@@ -310,7 +326,8 @@ impl DeviceLayer {
             boost: kernel(&kernels.seal, "boost")?,
             rotate: kernel(&kernels.store, "rotate")?,
             clear_decode: kernel(&kernels.decode, "decode")?,
-            tuned_decode: tuned,
+            narrow_decode: narrow,
+            wide_decode: wide,
             merge: kernel(&kernels.decode, "merge")?,
             gather: kernel(&kernels.decode, "gather")?,
             slots: per_multiprocessor as usize * kernels.multiprocessors,
@@ -327,7 +344,7 @@ impl DeviceLayer {
 
     /// Whether the tensor-core kernel serves this layer.
     pub fn is_tuned(&self) -> bool {
-        self.tuned_decode.is_some()
+        self.narrow_decode.is_some()
     }
 
     /// Bytes held.
@@ -410,11 +427,11 @@ impl DeviceLayer {
     }
 
     fn store(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
-        let heads = self.shape.num_kv_heads as u32;
-        let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
-        if longest == 0 {
+        if plan.longest == 0 {
             return Ok(());
         }
+        let heads = self.shape.num_kv_heads as u32;
+        let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
         let mut launch = self.stream.launch_builder(&self.store);
         let args = launch.arg(layer).arg(&plan.words).arg(&k).arg(&v);
         // SAFETY: as above.
@@ -422,26 +439,54 @@ impl DeviceLayer {
         Ok(())
     }
 
-    /// Attention of each row's one new token, which is stored. `sums` has room for every item.
+    /// Attention of each row's one new token, which is stored. `sums` has room for every item. `tuned`: by the fastest
+    /// kernel that there is.
     ///
     /// # Errors
     /// If the driver fails.
     pub fn decode(&self, plan: &DevicePlan, query: Query, tuned: bool) -> Result<()> {
+        let blocks = plan.num_items * lanes(self.num_heads, self.shape.num_kv_heads);
+        // As long as the device has room, heads are spread; then a page is read once for more of them.
+        let kernel = match blocks > self.slots {
+            true => [Attention::Wide, Attention::Narrow],
+            false => [Attention::Narrow, Attention::Clear],
+        };
+        let kernel = kernel.into_iter().find(|k| tuned && self.has(*k));
+        self.decode_by(kernel.unwrap_or(Attention::Clear), plan, query)
+    }
+
+    /// Whether a kernel serves this layer.
+    pub fn has(&self, kernel: Attention) -> bool {
+        kernel == Attention::Clear || self.tuned(kernel).is_some()
+    }
+
+    fn tuned(&self, kernel: Attention) -> Option<&Tuned> {
+        match kernel {
+            Attention::Clear => None,
+            Attention::Narrow => self.narrow_decode.as_ref(),
+            Attention::Wide => self.wide_decode.as_ref(),
+        }
+    }
+
+    /// Attention by this kernel, or by the clear one where it does not serve.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn decode_by(&self, kernel: Attention, plan: &DevicePlan, query: Query) -> Result<()> {
         let layer = self.abi();
-        let shape = &self.shape;
         let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
-        let kv_heads = shape.num_kv_heads as u32;
-        if let (Some((function, shared)), true) = (&self.tuned_decode, tuned) {
-            let tiles = heads.div_ceil(kv_heads).div_ceil(QUERIES);
+        let kv_heads = self.shape.num_kv_heads;
+        if let Some(tuned) = self.tuned(kernel) {
+            let blocks = (self.num_heads / kv_heads).div_ceil(tuned.heads) as u32;
             let config = LaunchConfig {
-                shared_mem_bytes: *shared,
-                ..grid(items, kv_heads, tiles)
+                shared_mem_bytes: tuned.shared,
+                ..grid(items, kv_heads as u32, blocks)
             };
             let query = Query {
                 arrived: plan.arrived,
                 ..query
             };
-            let mut launch = self.stream.launch_builder(function);
+            let mut launch = self.stream.launch_builder(&tuned.function);
             let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
             let args = args.arg(&plan.items).arg(&plan.of_row).arg(&query);
             // SAFETY: the arguments are the kernel's; the caller's `sums` has room for every item and head.
@@ -554,12 +599,13 @@ pub fn address<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> u64 {
     slice.device_ptr(stream).0
 }
 
-/// The tensor-core kernel and its shared memory, if it serves this layer.
+/// The tensor-core kernel for blocks of `heads` query heads, if there is one for this layer.
 fn tuned(
     kernels: &Kernels,
     shape: &LayerShape,
     dtype: Dtype,
-) -> Result<Option<(CudaFunction, u32)>> {
+    heads: usize,
+) -> Result<Option<Tuned>> {
     let (dim, bits) = (shape.k_dim, (shape.k_bits, shape.v_bits));
     let served = matches!(dim, 64 | 128)
         && shape.v_dim == dim
@@ -570,16 +616,23 @@ fn tuned(
         return Ok(None);
     }
     let suffix = dtype.suffix();
-    let name = format!("ott_decode_mma_{suffix}_{dim}_{}_{}", bits.0, bits.1);
+    let name = format!(
+        "ott_decode_mma_{suffix}_{dim}_{}_{}_{heads}",
+        bits.0, bits.1
+    );
     let function = kernels.decode_mma.load_function(&name)?;
     let shared = format!("{name}_shared");
     let shared = kernels.decode_mma.get_global(&shared, &kernels.stream)?;
     let bytes = kernels.stream.clone_dtoh(&shared)?;
     let bytes = bytes.try_into().ok().context("a u32")?;
-    let bytes = u32::from_le_bytes(bytes);
+    let shared = u32::from_le_bytes(bytes);
     let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    function.set_attribute(most, bytes as i32)?;
-    Ok(Some((function, bytes)))
+    function.set_attribute(most, shared as i32)?;
+    Ok(Some(Tuned {
+        function,
+        shared,
+        heads,
+    }))
 }
 
 fn grid(x: u32, y: u32, z: u32) -> LaunchConfig {

@@ -13,5 +13,7 @@ pub mod abi;
 pub mod blocks;
 #[cfg(feature = "cuda")]
 pub mod device;
+#[cfg(feature = "cuda")]
+mod image;
 pub mod plan;
 pub mod shape;

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::abi::{Item, Pair, Row, NONE, WINDOW_CHUNKS};
+use crate::abi::{Item, Pair, Row, NONE};
 
 /// Tokens of a chunk.
 pub const CHUNK: usize = 32;
@@ -11,17 +11,20 @@ pub const CHUNK: usize = 32;
 const WARPS: usize = 4;
 /// Tokens of the window that a block reads at once.
 const WINDOW_ITEM: usize = 16 * WARPS;
-/// Most items of a row's pages: what the tensor-core kernel can join.
-const MAX_ITEMS: usize = 256;
 
-/// Query heads of a tile of the tensor-core kernel.
-const QUERIES: usize = 4;
+/// Blocks that a multiprocessor runs at once.
+const WAVE: usize = 4;
 /// Blocks of threads that pages are cut into at most, beside one per row: several times what a device runs at once.
 const MOST_PARTS: usize = 2048;
 
-/// Blocks of threads per item: kv heads, times tiles of query heads.
+/// Query heads of a block of the tensor-core kernel: the narrow one's, and the wide one's.
+pub const NARROW: usize = 4;
+/// See [`NARROW`].
+pub const WIDE: usize = 8;
+
+/// Blocks of threads per item, narrow ones.
 pub fn lanes(num_heads: usize, num_kv_heads: usize) -> usize {
-    num_kv_heads * (num_heads / num_kv_heads).div_ceil(QUERIES)
+    num_kv_heads * (num_heads / num_kv_heads).div_ceil(NARROW)
 }
 
 /// Items of a step of `rows` rows, at most.
@@ -73,12 +76,7 @@ impl Plan {
     pub fn new(rows: &[RowState<'_>], group: usize, lanes: usize, slots: usize) -> Self {
         let mut plan = Self::default();
         let pages: Vec<usize> = rows.iter().map(|row| row.sealed).collect();
-        let size = item_pages(&pages, lanes, slots);
-        // The window is cut for speed as long as there is room beside the pages.
-        let tokens = match rows.len() * lanes * (2 * group).div_ceil(WINDOW_ITEM) <= slots {
-            true => WINDOW_ITEM,
-            false => 2 * group,
-        };
+        let (size, tokens) = item_sizes(&pages, group, lanes, slots);
         for (r, row) in rows.iter().enumerate() {
             let id = r as u32;
             plan.rows.push(Row {
@@ -96,18 +94,22 @@ impl Plan {
             plan.groups
                 .extend(groups.map(|g| Pair { a: id, b: g as u32 }));
             let first = plan.items.len() as u32;
-            let part = |window: bool, size: usize, range: Range<usize>| {
-                range.clone().step_by(size).map(move |from| Item {
-                    row: id,
-                    window: window.into(),
-                    from: from as u32,
-                    to: (from + size).min(range.end) as u32,
-                })
-            };
             let window = (row.past + row.new).saturating_sub(row.sealed * group);
-            plan.items.extend(part(true, tokens, 0..window));
-            plan.items
-                .extend(part(false, size, table..table + row.sealed));
+            let item = |window: bool, first: &[u32], range: Range<usize>| Item {
+                row: id,
+                window: window.into(),
+                from: range.start as u32,
+                to: range.end as u32,
+                first: padded(first),
+            };
+            plan.items.extend(parts(0..window, tokens).map(|part| {
+                let chunks = &row.chunks[part.start / CHUNK..];
+                item(true, chunks, part)
+            }));
+            let tables = &plan.tables;
+            let pages = parts(table..table + row.sealed, size);
+            let pages = pages.map(|part| item(false, &tables[part.clone()], part));
+            plan.items.extend(pages);
             plan.of_row.push(Pair {
                 a: first,
                 b: plan.items.len() as u32,
@@ -119,35 +121,54 @@ impl Plan {
     }
 }
 
-fn padded(chunks: &[u32]) -> [u32; WINDOW_CHUNKS] {
-    let mut all = [NONE; WINDOW_CHUNKS];
-    let len = chunks.len().min(WINDOW_CHUNKS);
-    all[..len].copy_from_slice(&chunks[..len]);
+fn parts(all: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = all.end;
+    all.step_by(size)
+        .map(move |from| from..(from + size).min(end))
+}
+
+fn padded<const N: usize>(numbers: &[u32]) -> [u32; N] {
+    let mut all = [NONE; N];
+    let len = numbers.len().min(N);
+    all[..len].copy_from_slice(&numbers[..len]);
     all
 }
 
-/// Pages of an item, by what was measured on an H200 (docs/kernels.md), in microseconds: a round of [`WARPS`] pages takes
-/// a block 1.9 alone and 5.5 among as many as the device holds, and each item 0.12 more to join its row.
-fn item_pages(pages: &[usize], lanes: usize, slots: usize) -> usize {
+/// Pages of an item and tokens of an item of the window, by what was measured on an H200 (docs/kernels.md), in
+/// microseconds. A round of [`WARPS`] pages takes a block 2.1 alone on a multiprocessor, 6.3 where all four of a wave are
+/// at work, and 5.2 where blocks of several waves follow each other; an item costs 1.2, or half a round, beside its pages,
+/// and 0.05 to join its row. [`WINDOW_ITEM`] tokens take 1.
+fn item_sizes(pages: &[usize], group: usize, lanes: usize, slots: usize) -> (usize, usize) {
     let rounds = |pages: &usize| pages.div_ceil(WARPS);
     let longest = pages.iter().map(rounds).max().unwrap_or(0).max(1);
     let all: usize = pages.iter().map(rounds).sum();
-    let items = |size: &usize| {
-        pages
-            .iter()
-            .map(|p| rounds(p).div_ceil(*size))
-            .sum::<usize>()
+    let items = |size: usize| {
+        let items = pages.iter().map(|p| rounds(p).div_ceil(size));
+        items.sum::<usize>()
     };
-    let cost = |size: usize| {
-        let items: usize = items(&size);
-        let work = (all as f64 + 0.5 * items as f64) * lanes as f64 / slots.max(1) as f64;
-        1.9 * size as f64 + 5.5 * work + 0.12 * longest.div_ceil(size) as f64
+    let windows = |tokens: usize| (2 * group).div_ceil(tokens);
+    let cost = |size: usize, tokens: usize| {
+        let blocks = (items(size) + pages.len() * windows(tokens)) * lanes;
+        // Blocks of a multiprocessor.
+        let each = (WAVE * blocks) as f64 / slots.max(1) as f64;
+        let half = 0.5 * items(size) as f64;
+        let window = (tokens / WINDOW_ITEM) as f64;
+        let work = match each <= WAVE as f64 {
+            true => window.max(1.2 + size as f64 * (0.7 + 1.4 * each).max(2.1)),
+            // The device is full to the end, but for the last items.
+            false => {
+                5.2 * (all as f64 + half) * lanes as f64 / slots.max(1) as f64 + 2.1 * size as f64
+            }
+        };
+        work + 0.05 * (longest.div_ceil(size) + windows(tokens)) as f64
     };
     let most = pages.len() + MOST_PARTS / lanes.max(1);
-    let least = longest.div_ceil(MAX_ITEMS);
-    let sizes = (least..=longest).filter(|size| items(size) <= most);
-    let best = sizes.min_by(|a, b| cost(*a).total_cmp(&cost(*b)));
-    best.unwrap_or(longest) * WARPS
+    // The window is cut where there is room beside the pages: only tokens that are read at once by a block.
+    let sizes = (1..=longest).filter(|size| items(*size) <= most);
+    let sizes = sizes.flat_map(|size| [(size, WINDOW_ITEM), (size, 2 * group)]);
+    let best = sizes.min_by(|a, b| cost(a.0, a.1).total_cmp(&cost(b.0, b.1)));
+    let (size, tokens) = best.unwrap_or((longest, 2 * group));
+    (size * WARPS, tokens)
 }
 
 #[cfg(test)]
@@ -228,7 +249,7 @@ mod tests {
     #[test]
     fn sizes_are_those_that_measured_best() {
         // Batch x pages of 128 tokens, 8 heads, on an H200.
-        let best = |batch: usize, pages: usize| item_pages(&vec![pages; batch], 8, 528);
+        let best = |batch: usize, pages: usize| item_sizes(&vec![pages; batch], 128, 8, 528).0;
         assert_eq!(best(1, 7), 4);
         assert_eq!(best(1, 255), 8);
         assert!((16..=32).contains(&best(1, 1023)));

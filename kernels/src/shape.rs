@@ -25,7 +25,7 @@ pub struct LayerShape {
     pub extra: usize,
     /// Whether key ranges are searched.
     pub clip: bool,
-    /// M: key channels with a third bit.
+    /// M: key channels with one more bit.
     pub boosted: usize,
     /// Whether values are kept in another basis.
     pub rotate: bool,

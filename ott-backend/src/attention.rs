@@ -115,8 +115,6 @@ struct Partial<'a> {
 struct Scratch {
     /// `(queries, G)`: scores, then weights.
     scores: Vec<f32>,
-    /// A chunk of keys or values as f32.
-    wide: Vec<f32>,
     /// Scores of one token.
     column: Vec<f32>,
 }
@@ -156,8 +154,6 @@ impl<'a, E: Element> Task<'a, E> {
         partial.out.fill(0.0);
         let mut scratch = SCRATCH.take();
         scratch.scores.resize(len * group, 0.0);
-        let width = layout.k_dim.max(layout.v_dim);
-        scratch.wide.resize(CHUNK * width, 0.0);
         scratch.column.resize(len, 0.0);
         let end = self.pages.1.min(self.row.end().div_ceil(group));
         for i in self.pages.0..end {
@@ -189,8 +185,7 @@ impl<'a, E: Element> Task<'a, E> {
         let scores = &mut scratch.scores[..];
         (ops.key_scores)(&page.keys(), self.q, layout.k_dim, scores);
         for (n, t) in page.traced().iter().map(|t| usize::from(*t)).enumerate() {
-            let key = &mut scratch.wide[..layout.k_dim];
-            E::widen(self.layer.traced(block, self.head, n).0, key);
+            let key = E::full(self.layer.traced(block, self.head, n).0);
             (ops.full_scores)(key, self.q, layout.k_dim, &mut scratch.column, 1);
             for (scores, score) in scores.chunks_exact_mut(group).zip(&scratch.column) {
                 scores[t] = *score;
@@ -198,8 +193,7 @@ impl<'a, E: Element> Task<'a, E> {
         }
         self.weigh(i * group, group, scores, group, partial);
         for (n, t) in page.traced().iter().map(|t| usize::from(*t)).enumerate() {
-            let value = &mut scratch.wide[..layout.v_dim];
-            E::widen(self.layer.traced(block, self.head, n).1, value);
+            let value = E::full(self.layer.traced(block, self.head, n).1);
             for (p, column) in scores.chunks_exact_mut(group).zip(&mut scratch.column) {
                 *column = std::mem::take(&mut p[t]);
             }
@@ -221,13 +215,11 @@ impl<'a, E: Element> Task<'a, E> {
             };
             let tokens = CHUNK.min(len - chunk * CHUNK);
             let scores = &mut scratch.scores[..self.q.len() / layout.k_dim * CHUNK];
-            let wide = &mut scratch.wide[..tokens * layout.k_dim];
-            E::widen(&keys[..tokens * layout.k_dim], wide);
-            (ops.full_scores)(wide, self.q, layout.k_dim, scores, CHUNK);
+            let keys = E::full(&keys[..tokens * layout.k_dim]);
+            (ops.full_scores)(keys, self.q, layout.k_dim, scores, CHUNK);
             self.weigh(start + chunk * CHUNK, tokens, scores, CHUNK, partial);
-            let wide = &mut scratch.wide[..tokens * layout.v_dim];
-            E::widen(&values[..tokens * layout.v_dim], wide);
-            (ops.full_sum)(wide, scores, CHUNK, layout.v_dim, partial.out);
+            let values = E::full(&values[..tokens * layout.v_dim]);
+            (ops.full_sum)(values, scores, CHUNK, layout.v_dim, partial.out);
         }
     }
 

@@ -5,8 +5,8 @@
 
 mod reference;
 
-use half::f16;
-use ott_backend::cpu::{Keys, Values};
+use half::{bf16, f16};
+use ott_backend::cpu::{Full, Keys, Values};
 use ott_backend::pack::{pack, pack_bits, packed_len, unpack, unpack_f32};
 use ott_backend::{Clip, CpuOps};
 use reference::Range;
@@ -367,32 +367,48 @@ fn sums_of_sealed_values() {
     });
 }
 
+/// `exact` are the numbers `kv (tokens, dim)` in f64.
+fn check_full(ops: &CpuOps, kv: Full<'_>, exact: &[f64], dim: usize, n: usize) {
+    let tokens = exact.len() / dim;
+    let (stride, q) = (tokens + 5, paint(29, n * dim));
+    let mut scores = vec![0.5; n * stride];
+    (ops.full_scores)(kv, &q, dim, &mut scores, stride);
+    let p = paint(31, n * stride);
+    let start = paint(37, n * dim);
+    let mut out = start.clone();
+    (ops.full_sum)(kv, &p, stride, dim, &mut out);
+    for i in 0..n {
+        for t in 0..tokens {
+            assert_eq!(
+                scores[i * stride + tokens],
+                0.5,
+                "written beyond the tokens"
+            );
+            let terms = (0..dim).map(|c| f64::from(q[i * dim + c]) * exact[t * dim + c]);
+            Budget::of(terms).check(scores[i * stride + t], "score");
+        }
+        for c in 0..dim {
+            let terms = (0..tokens).map(|t| f64::from(p[i * stride + t]) * exact[t * dim + c]);
+            let all = terms.chain([f64::from(start[i * dim + c])]);
+            Budget::of(all).check(out[i * dim + c], "sum");
+        }
+    }
+}
+
 #[test]
 fn full_precision_scores_and_sums() {
     for_each_table(|ops| {
         for (dim, n) in DIMS.into_iter().flat_map(|d| QUERIES.map(|n| (d, n))) {
             for tokens in [1, 2, 31, 35, 159] {
-                let stride = tokens + 5;
-                let (kv, q) = (paint(23, tokens * dim), paint(29, n * dim));
-                let mut scores = vec![0.5; n * stride];
-                (ops.full_scores)(&kv, &q, dim, &mut scores, stride);
-                let p = paint(31, n * stride);
-                let start = paint(37, n * dim);
-                let mut out = start.clone();
-                (ops.full_sum)(&kv, &p, stride, dim, &mut out);
-                for i in 0..n {
-                    let f = |x: &[f32], j: usize| f64::from(x[j]);
-                    for t in 0..tokens {
-                        let terms = (0..dim).map(|c| f(&q, i * dim + c) * f(&kv, t * dim + c));
-                        Budget::of(terms).check(scores[i * stride + t], "score");
-                    }
-                    for c in 0..dim {
-                        let terms =
-                            (0..tokens).map(|t| f(&p, i * stride + t) * f(&kv, t * dim + c));
-                        let all = terms.chain([f(&start, i * dim + c)]);
-                        Budget::of(all).check(out[i * dim + c], "sum");
-                    }
-                }
+                let kv = paint(23, tokens * dim);
+                let f16s: Vec<f16> = kv.iter().map(|x| f16::from_f32(*x)).collect();
+                let bf16s: Vec<bf16> = kv.iter().map(|x| bf16::from_f32(*x)).collect();
+                let exact: Vec<f64> = kv.iter().map(|x| f64::from(*x)).collect();
+                check_full(ops, Full::F32(&kv), &exact, dim, n);
+                let exact: Vec<f64> = f16s.iter().map(|x| x.to_f64()).collect();
+                check_full(ops, Full::F16(&f16s), &exact, dim, n);
+                let exact: Vec<f64> = bf16s.iter().map(|x| x.to_f64()).collect();
+                check_full(ops, Full::Bf16(&bf16s), &exact, dim, n);
             }
         }
     });

@@ -191,7 +191,7 @@ fn check_model(source: &KvModelSource<'_>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 512 }))]
 
     #[test]
     fn options_are_taken_or_refused_with_what_is_valid(options in options()) {
@@ -250,8 +250,12 @@ proptest! {
         v_bits in select(vec![2, 3, 4, 8]),
         (group, outliers) in (select(vec![32, 64, 128]), 0usize..17),
         (k_dim, v_dim) in (select(vec![8usize, 24, 64, 80]), select(vec![8usize, 24, 136])),
+        boost in select(vec![0, 1, 12, 32]),
     ) {
-        let options = format!("group={group},outliers={outliers},k_bits={k_bits},v_bits={v_bits}");
+        let mut options = format!("group={group},outliers={outliers},k_bits={k_bits},v_bits={v_bits}");
+        if k_bits == 2 {
+            options += &format!(",boost={boost}"); // Names of channels, which may be any, and their third bits.
+        }
         let config = OttConfig::parse(&options).unwrap();
         let layout = PageLayout::new(&config, 9, 1, k_dim, v_dim).unwrap();
         let bytes: Vec<u8> = bytes.into_iter().cycle().take(layout.head_bytes).collect();

@@ -48,6 +48,13 @@ proptest! {
         run("paper,group=32,residual=0,outliers=2,extra=3", rules, seed, &ops);
     }
 
+    /// As by default: some key channels with a third bit, values in another basis.
+    #[test]
+    fn any_history_boosted_and_rotated(seed in 0u64..1000, ops in vec(op(), 1..50)) {
+        let rules = Rules { boost: 12, rotate: true, ..RULES };
+        run(&format!("{OPTIONS},boost=12,rotate=v"), rules, seed, &ops);
+    }
+
     /// Blocks of several chunks.
     #[test]
     fn any_history_of_larger_groups(seed in 0u64..1000, ops in vec(op(), 1..50)) {

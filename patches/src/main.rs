@@ -3,6 +3,7 @@
 
 mod arm;
 mod check;
+mod doctor;
 mod freshness;
 mod git;
 mod models;
@@ -41,6 +42,7 @@ cargo demo [ARGS]            Fetch a small model, build, and answer with and wit
 cargo bench-kv [ARGS]        How fast a decoded token reads its past: other caches beside ours, in one run.
 cargo eval-kv [ARGS]         How far a cache moves a model's answers from full precision, other caches beside ours.
 cargo soak [ARGS]            Many clients against the server for an hour; `--minutes N` for another time.
+cargo doctor [HOST:PORT]     What to add when you report a problem: versions, machine, and what a server tells.
 cargo fetch-nvcc             Fetch the CUDA compiler, for machines without one; says what CUDA_HOME to set.
 cargo run --release --package ott-patches -- check    Only the patches.
 
@@ -79,6 +81,8 @@ fn run() -> Result<()> {
         ("refresh", ["--patch", name]) => refresh::refresh(&project, Some(name)),
         ("check", []) => check::check(&project),
         ("fetch-nvcc", []) => nvcc::fetch(),
+        ("doctor", []) => doctor::doctor(&project, "127.0.0.1:1234"),
+        ("doctor", [address]) => doctor::doctor(&project, address),
         ("verify", []) => verify::verify(&project, false),
         ("verify", ["fast"]) => verify::verify(&project, true),
         (task, _) if program::is_program(task) => program::program(&project, task, &args[1..]),

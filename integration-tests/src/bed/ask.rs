@@ -89,7 +89,8 @@ fn ask(seed: u64, i: u64, length: Length) -> Ask {
     let text = [&words[start..start + len], &words[tail..tail + 5]]
         .concat()
         .join(" ");
-    let chat = random(seed, &[9, i, 3]).is_multiple_of(2);
+    // Forms and tools are chat's alone.
+    let chat = matches!(i % 8, 5 | 6) || random(seed, &[9, i, 3]).is_multiple_of(2);
     let mut body =
         json!({"model": "default", "temperature": 0.0, "max_tokens": pick(4, max_tokens)});
     match chat {
@@ -106,13 +107,13 @@ fn ask(seed: u64, i: u64, length: Length) -> Ask {
     match i % 8 {
         1 => body["stop"] = json!([" the", ".", "\n"]),
         3 => body["n"] = json!(2),
-        5 if chat => {
+        5 => {
             let schema = json!({"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}},
                                 "required": ["name"], "additionalProperties": false});
             body["response_format"] =
                 json!({"type": "json_schema", "json_schema": {"name": "n", "schema": schema}});
         }
-        6 if chat => call_a_tool(&mut body),
+        6 => call_a_tool(&mut body),
         _ => {}
     }
     Ask { chat, body }

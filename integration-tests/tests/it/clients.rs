@@ -1,4 +1,4 @@
-//! Clients that people use: the official OpenAI library for Python, and curl.
+//! Clients that people use: the official OpenAI library for Python, curl, and the server's own page in a browser.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -12,16 +12,27 @@ use crate::alone;
 
 const OPTIONS: [&str; 4] = ["--kv-cache", "ott:group=32", "--pa-context-len", "1024"];
 
-/// A Python that has the client, made once; `None` where there is no Python or no registry.
-fn python() -> Option<PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("openai-client");
+/// A Python that has a module, made once; `None` where there is no Python or no registry.
+fn python(module: &str, version: &str) -> Option<PathBuf> {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("python-{module}"));
     let python = folder.join("bin/python");
     let works = |args: &[&str]| run(Command::new(&python).args(args)).is_ok();
-    if works(&["-c", "import openai"]) {
+    if works(&["-c", &format!("import {module}")]) {
         return Some(python);
     }
     run(Command::new("python3").args(["-m", "venv"]).arg(&folder)).ok()?;
-    works(&["-m", "pip", "install", "--quiet", "openai>=1.50,<3"]).then_some(python)
+    let package = format!("{module}{version}");
+    works(&["-m", "pip", "install", "--quiet", &package]).then_some(python)
+}
+
+/// A browser that is installed.
+fn chromium() -> Option<PathBuf> {
+    let names = ["chromium", "chromium-browser", "google-chrome"];
+    let folders: Vec<PathBuf> = std::env::split_paths(&std::env::var_os("PATH")?).collect();
+    let programs = names
+        .iter()
+        .flat_map(|name| folders.iter().map(move |f| f.join(name)));
+    programs.into_iter().find(|program| program.is_file())
 }
 
 fn run(command: &mut Command) -> Result<Output> {
@@ -34,7 +45,7 @@ fn run(command: &mut Command) -> Result<Output> {
 #[test]
 fn the_openai_client_for_python() -> Result<()> {
     let _alone = alone();
-    let Some(python) = python() else {
+    let Some(python) = python("openai", ">=1.50,<3") else {
         eprintln!(
             "SKIPPED: the OpenAI client for Python cannot be installed here, so it was not tried"
         );
@@ -46,6 +57,38 @@ fn the_openai_client_for_python() -> Result<()> {
     let output = run(Command::new(python).arg(script).arg(url))?;
     println!("{}", String::from_utf8_lossy(&output.stdout));
     at_rest(&server)?;
+    Ok(())
+}
+
+/// A chat of two questions in the built-in page, and a picture of it in the target folder.
+#[test]
+fn the_built_in_page() -> Result<()> {
+    let _alone = alone();
+    let (Some(browser), Some(python)) = (chromium(), python("playwright", ">=1.40,<2")) else {
+        eprintln!(
+            "SKIPPED: there is no Chromium here, or Playwright for Python cannot be installed"
+        );
+        return Ok(());
+    };
+    let server = Server::start(&smollm2()?, &[&OPTIONS[..], &["--ui"]].concat())?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/page.py");
+    let picture = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("page.png");
+    let url = format!("http://127.0.0.1:{}/ui", server.port());
+    let output = run(Command::new(python)
+        .arg(script)
+        .arg(url)
+        .arg(browser)
+        .arg(&picture))?;
+    println!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        picture.display()
+    );
+    let report = at_rest(&server)?;
+    assert!(
+        report["steps"].as_u64() > Some(3),
+        "the cache was in use: {report}"
+    );
     Ok(())
 }
 

@@ -5,6 +5,7 @@ mod cache;
 mod clients;
 mod faults;
 mod hostile;
+mod isolation;
 mod quality;
 mod refusals;
 mod refusals_api;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use cudarc::driver::{CudaContext, CudaStream};
-use ott_kernels::device::Kernels;
+use ott_kernels::device::{self, Kernels};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -3,10 +3,16 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::cpu::Full;
+
 /// A number as the model computes it.
 pub trait Element: Copy + Default + PartialEq + Send + Sync + std::fmt::Debug + 'static {
+    /// What the inner loops read.
+    fn full(x: &[Self]) -> Full<'_>;
     /// Widen; the slices are equally long.
-    fn widen(from: &[Self], to: &mut [f32]);
+    fn widen(from: &[Self], to: &mut [f32]) {
+        Self::full(from).widen(0, to);
+    }
     /// Round to nearest.
     fn round(x: f32) -> Self;
     /// Round to nearest; the slices are equally long.
@@ -19,8 +25,8 @@ pub trait Element: Copy + Default + PartialEq + Send + Sync + std::fmt::Debug + 
 const TOO_LARGE: f32 = 65520.0;
 
 impl Element for f32 {
-    fn widen(from: &[Self], to: &mut [f32]) {
-        to.copy_from_slice(from);
+    fn full(x: &[Self]) -> Full<'_> {
+        Full::F32(x)
     }
 
     fn round(x: f32) -> Self {
@@ -37,8 +43,8 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
-    fn widen(from: &[Self], to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
+    fn full(x: &[Self]) -> Full<'_> {
+        Full::F16(x)
     }
 
     fn round(x: f32) -> Self {
@@ -56,10 +62,8 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
-    fn widen(from: &[Self], to: &mut [f32]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
-        }
+    fn full(x: &[Self]) -> Full<'_> {
+        Full::Bf16(x)
     }
 
     fn round(x: f32) -> Self {

@@ -5,9 +5,11 @@
 
 use std::arch::x86_64::*;
 
+use half::{bf16, f16};
+
 use super::compiled::compiled_for;
 use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, ROWS};
-use super::{scalar, CpuOps, Keys, Values};
+use super::{scalar, CpuOps, Full, Keys, Values};
 use crate::config::Clip;
 use crate::quantize::{quantize_group as quantize, sum2, Affine};
 
@@ -38,8 +40,8 @@ compiled_for! {"avx2,fma,f16c":
     fn quantize_group(x: &[f32], weight: &[f32], bits: u8, clip: Clip, codes: &mut [u8]) -> Option<Affine> = quantize;
     fn key_scores(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) = keys_kernel;
     fn value_sum(values: &Values<'_>, p: &[f32], out: &mut [f32]) = values_kernel;
-    fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = full_scores_kernel;
-    fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = full_sum_kernel;
+    fn full_scores(keys: Full<'_>, q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = full_scores_kernel;
+    fn full_sum(values: Full<'_>, p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = full_sum_kernel;
     fn max(x: &[f32]) -> f32 = max_kernel;
     fn exp_sum(x: &mut [f32], max: f32) -> f32 = exp_sum_kernel;
 }
@@ -96,20 +98,50 @@ fn add_planes<const PLANES: usize>(strip: &Strip<'_>, x: Numbers<'_>, out: &mut 
             out.of(n + i, strip).iter_mut().for_each(|o| *o += base);
         }
         for at in (0..strip.columns / PLANES).step_by(8) {
-            match count {
-                1 => dot::<PLANES, 1>(strip, at, &factors, n, out),
-                _ => dot::<PLANES, 2>(strip, at, &factors, n, out),
+            let last = strip.rows.saturating_sub(1) * strip.stride + at;
+            if strip.codes.len() < last + 8 {
+                let bytes = |r: usize| {
+                    let eight = eight(strip.codes, r * strip.stride + at);
+                    _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight))
+                };
+                dots::<PLANES>(strip, at, bytes, &factors, (n, count), out);
+            } else {
+                let bytes = |r: usize| {
+                    debug_assert!(r < strip.rows);
+                    // SAFETY: 8 bytes from the start of a row, whose last one was just seen to have them.
+                    unsafe {
+                        let eight = strip.codes.as_ptr().add(r * strip.stride + at);
+                        _mm256_cvtepu8_epi32(_mm_loadl_epi64(eight.cast()))
+                    }
+                };
+                dots::<PLANES>(strip, at, bytes, &factors, (n, count), out);
             }
         }
         n += count;
     }
 }
 
-/// Byte columns `at..at + 8`, or fewer at the end of a row, for queries `n..n + N`.
+/// Byte columns `at..at + 8`, for `count` queries from `n` on; `bytes(r)` are those of row `r`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dots<const PLANES: usize>(
+    strip: &Strip<'_>,
+    at: usize,
+    bytes: impl Fn(usize) -> __m256i,
+    factors: &[[f32; ROWS]; QUERIES],
+    (n, count): (usize, usize),
+    out: &mut Sums<'_>,
+) {
+    match count {
+        1 => dot::<PLANES, 1>(strip, at, bytes, factors, n, out),
+        _ => dot::<PLANES, 2>(strip, at, bytes, factors, n, out),
+    }
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot<const PLANES: usize, const N: usize>(
     strip: &Strip<'_>,
     at: usize,
+    bytes: impl Fn(usize) -> __m256i,
     factors: &[[f32; ROWS]; QUERIES],
     n: usize,
     out: &mut Sums<'_>,
@@ -120,9 +152,8 @@ fn dot<const PLANES: usize, const N: usize>(
     };
     let mask = _mm256_set1_epi32((1 << (8 / PLANES)) - 1);
     let mut sums = [[_mm256_setzero_ps(); PLANES]; N];
-    for r in 0..strip.rows {
-        let bytes = eight(strip.codes, r * strip.stride + at);
-        let bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+    for r in 0..strip.rows.min(ROWS) {
+        let bytes = bytes(r);
         for p in 0..PLANES {
             let shift = _mm256_set1_epi32((p * 8 / PLANES) as i32);
             let shifted = _mm256_srlv_epi32(bytes, shift);
@@ -157,64 +188,109 @@ fn eight(bytes: &[u8], at: usize) -> i64 {
     i64::from_le_bytes(eight)
 }
 
-/// Keys four at a time, so that a query's numbers are loaded once for four.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub fn full_scores_kernel(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) {
-    let (q, scores) = (q.chunks_exact(2 * dim), scores.chunks_mut(2 * stride));
-    let last = q.remainder();
-    let mut scores = scores;
-    for (q, scores) in q.zip(scores.by_ref()) {
-        scores_of::<2>(keys, q, dim, scores, stride);
-    }
-    if let (false, Some(scores)) = (last.is_empty(), scores.next()) {
-        scores_of::<1>(keys, last, dim, scores, stride);
+/// Full-precision numbers eight at a time.
+trait Eight: Copy {
+    /// To be inlined where the instructions are enabled.
+    fn load(x: &[Self; 8]) -> __m256;
+}
+
+impl Eight for f32 {
+    #[inline(always)]
+    fn load(x: &[Self; 8]) -> __m256 {
+        // SAFETY: eight numbers are read from eight; only kernels of this file call it.
+        unsafe { _mm256_loadu_ps(x.as_ptr()) }
     }
 }
 
+impl Eight for f16 {
+    #[inline(always)]
+    fn load(x: &[Self; 8]) -> __m256 {
+        // SAFETY: as above, 16 bytes.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())) }
+    }
+}
+
+impl Eight for bf16 {
+    #[inline(always)]
+    fn load(x: &[Self; 8]) -> __m256 {
+        // SAFETY: as above, 16 bytes.
+        unsafe {
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(x.as_ptr().cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))
+        }
+    }
+}
+
+/// How many of `rest` queries share what is read, three at most: as even as possible.
+fn share(rest: usize) -> usize {
+    rest.div_ceil(rest.div_ceil(3))
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scores_of<const N: usize>(
-    keys: &[f32],
+pub fn full_scores_kernel(
+    keys: Full<'_>,
     q: &[f32],
     dim: usize,
     scores: &mut [f32],
     stride: usize,
 ) {
-    let tokens = keys.len() / dim;
-    let mut t = 0;
-    while t + 4 <= tokens {
-        let sums = dot_products::<N, 4>(&keys[t * dim..], q, dim);
-        for (i, sums) in sums.iter().enumerate() {
-            scores[i * stride + t..][..4].copy_from_slice(sums);
-        }
-        t += 4;
-    }
-    for t in t..tokens {
-        let sums = dot_products::<N, 1>(&keys[t * dim..], q, dim);
-        for (i, sums) in sums.iter().enumerate() {
-            scores[i * stride + t] = sums[0];
-        }
+    match keys {
+        Full::F32(keys) => scores_of(keys, q, dim, scores, stride),
+        Full::F16(keys) => scores_of(keys, q, dim, scores, stride),
+        Full::Bf16(keys) => scores_of(keys, q, dim, scores, stride),
     }
 }
 
-/// Of `N` queries with the first `T` keys, 4 at most.
+/// Keys four at a time, so that a query's numbers are loaded once for four.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn dot_products<const N: usize, const T: usize>(
-    keys: &[f32],
+fn scores_of<E: Eight>(keys: &[E], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) {
+    let (tokens, queries) = (keys.len() / dim, q.len() / dim);
+    let mut n = 0;
+    while n < queries {
+        let count = share(queries - n);
+        let (q, scores) = (&q[n * dim..], &mut scores[n * stride..]);
+        let mut t = 0;
+        while t < tokens {
+            let keys = &keys[t * dim..];
+            let (len, scores) = (4.min(tokens - t), &mut scores[t..]);
+            match (count, len) {
+                (1, 4) => dot_products::<E, 1, 4>(keys, q, dim, scores, stride),
+                (2, 4) => dot_products::<E, 2, 4>(keys, q, dim, scores, stride),
+                (_, 4) => dot_products::<E, 3, 4>(keys, q, dim, scores, stride),
+                _ => {
+                    for i in 0..count {
+                        let (q, scores) = (&q[i * dim..], &mut scores[i * stride..]);
+                        dot_products::<E, 1, 1>(keys, q, dim, scores, stride);
+                    }
+                }
+            }
+            t += if len == 4 { 4 } else { 1 };
+        }
+        n += count;
+    }
+}
+
+/// Of the first `N` queries with the first `T` keys, 4 at most.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot_products<E: Eight, const N: usize, const T: usize>(
+    keys: &[E],
     q: &[f32],
     dim: usize,
-) -> [[f32; 4]; N] {
+    scores: &mut [f32],
+    stride: usize,
+) {
     let mut sums = [[_mm256_setzero_ps(); 4]; N];
-    let keys: [&[[f32; 8]]; T] = std::array::from_fn(|t| eights(&keys[t * dim..][..dim]));
-    let q: [&[[f32; 8]]; N] = std::array::from_fn(|i| eights(&q[i * dim..][..dim]));
+    let keys: [&[[E; 8]]; T] = std::array::from_fn(|t| keys[t * dim..][..dim].as_chunks().0);
+    let q: [&[[f32; 8]]; N] = std::array::from_fn(|i| q[i * dim..][..dim].as_chunks().0);
     for c in 0..dim / 8 {
         for t in 0..T {
-            let key = load(&keys[t][c]);
+            let key = E::load(&keys[t][c]);
             for i in 0..N {
-                sums[i][t] = _mm256_fmadd_ps(key, load(&q[i][c]), sums[i][t]);
+                sums[i][t] = _mm256_fmadd_ps(key, f32::load(&q[i][c]), sums[i][t]);
             }
         }
     }
-    sums.map(|s| {
+    for (i, s) in sums.iter().enumerate() {
         let pairs = [_mm256_hadd_ps(s[0], s[1]), _mm256_hadd_ps(s[2], s[3])];
         let halves = _mm256_hadd_ps(pairs[0], pairs[1]);
         let high = _mm256_extractf128_ps::<1>(halves);
@@ -222,39 +298,68 @@ fn dot_products<const N: usize, const T: usize>(
         let mut four = [0f32; 4];
         // SAFETY: four numbers are written to four.
         unsafe { _mm_storeu_ps(four.as_mut_ptr(), all) };
-        four
-    })
+        scores[i * stride..][..T].copy_from_slice(&four[..T]);
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub fn full_sum_kernel(values: Full<'_>, p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
+    match values {
+        Full::F32(values) => sum_of(values, p, stride, dim, out),
+        Full::F16(values) => sum_of(values, p, stride, dim, out),
+        Full::Bf16(values) => sum_of(values, p, stride, dim, out),
+    }
 }
 
 /// Channels 32 at a time, so that their sums stay in registers over all tokens.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub fn full_sum_kernel(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
-    for (p, out) in p.chunks(stride).zip(out.chunks_exact_mut(dim)) {
+fn sum_of<E: Eight>(values: &[E], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
+    let queries = out.len() / dim;
+    let mut n = 0;
+    while n < queries {
+        let count = share(queries - n);
+        let (p, out) = (&p[n * stride..], &mut out[n * dim..]);
         let mut c = 0;
-        while c + 32 <= dim {
-            weighted::<4>(values, p, dim, c, &mut out[c..c + 32]);
-            c += 32;
-        }
         while c < dim {
-            weighted::<1>(values, p, dim, c, &mut out[c..c + 8]);
-            c += 8;
+            let wide = dim - c >= 32;
+            match (count, wide) {
+                (1, true) => weighted::<E, 1, 4>(values, (p, stride), dim, c, out),
+                (2, true) => weighted::<E, 2, 4>(values, (p, stride), dim, c, out),
+                (_, true) => weighted::<E, 3, 4>(values, (p, stride), dim, c, out),
+                (1, false) => weighted::<E, 1, 1>(values, (p, stride), dim, c, out),
+                (2, false) => weighted::<E, 2, 1>(values, (p, stride), dim, c, out),
+                (_, false) => weighted::<E, 3, 1>(values, (p, stride), dim, c, out),
+            }
+            c += if wide { 32 } else { 8 };
         }
+        n += count;
     }
 }
 
-/// Channels `c..c + 8 W`.
+/// Channels `c..c + 8 W` of the first `N` queries.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn weighted<const W: usize>(values: &[f32], p: &[f32], dim: usize, c: usize, out: &mut [f32]) {
-    let mut sums = [_mm256_setzero_ps(); W];
-    for (value, p) in values.chunks_exact(dim).zip(p) {
-        let p = _mm256_set1_ps(*p);
-        let value = eights(&value[c..c + 8 * W]);
-        for (sum, x) in sums.iter_mut().zip(value) {
-            *sum = _mm256_fmadd_ps(p, load(x), *sum);
+fn weighted<E: Eight, const N: usize, const W: usize>(
+    values: &[E],
+    (p, stride): (&[f32], usize),
+    dim: usize,
+    c: usize,
+    out: &mut [f32],
+) {
+    let mut sums = [[_mm256_setzero_ps(); W]; N];
+    for (t, value) in values.chunks_exact(dim).enumerate() {
+        let value: &[[E; 8]] = value[c..c + 8 * W].as_chunks().0;
+        let p: [__m256; N] = std::array::from_fn(|i| _mm256_set1_ps(p[i * stride + t]));
+        for w in 0..W {
+            let x = E::load(&value[w]);
+            for i in 0..N {
+                sums[i][w] = _mm256_fmadd_ps(p[i], x, sums[i][w]);
+            }
         }
     }
-    for (out, sum) in out.chunks_exact_mut(8).zip(sums) {
-        add_to(out, sum);
+    for (i, sums) in sums.iter().enumerate() {
+        for (w, sum) in sums.iter().enumerate() {
+            add_to(&mut out[i * dim + c + 8 * w..][..8], *sum);
+        }
     }
 }
 
@@ -263,12 +368,12 @@ pub fn max_kernel(x: &[f32]) -> f32 {
     let mut lanes = _mm256_set1_ps(f32::NEG_INFINITY);
     let (eights, rest) = x.as_chunks::<8>();
     for x in eights {
-        lanes = _mm256_max_ps(load(x), lanes);
+        lanes = _mm256_max_ps(f32::load(x), lanes);
     }
     let mut last = [f32::NEG_INFINITY; 8];
     last[..rest.len()].copy_from_slice(rest);
     let mut all = [0f32; 8];
-    store(&mut all, _mm256_max_ps(load(&last), lanes));
+    store(&mut all, _mm256_max_ps(f32::load(&last), lanes));
     all.into_iter().fold(f32::NEG_INFINITY, f32::max)
 }
 
@@ -278,13 +383,13 @@ pub fn exp_sum_kernel(x: &mut [f32], max: f32) -> f32 {
     let top = _mm256_set1_ps(max);
     let (eights, rest) = x.as_chunks_mut::<8>();
     for x in eights {
-        let y = exp(_mm256_sub_ps(load(x), top));
+        let y = exp(_mm256_sub_ps(f32::load(x), top));
         lanes = _mm256_add_ps(lanes, y);
         store(x, y);
     }
     let mut last = [f32::NEG_INFINITY; 8];
     last[..rest.len()].copy_from_slice(rest);
-    let y = exp(_mm256_sub_ps(load(&last), top));
+    let y = exp(_mm256_sub_ps(f32::load(&last), top));
     store(&mut last, y);
     rest.copy_from_slice(&last[..rest.len()]);
     let mut all = [0f32; 8];
@@ -312,18 +417,6 @@ fn exp(x: __m256) -> __m256 {
     _mm256_and_ps(_mm256_mul_ps(y, power), counts)
 }
 
-/// `x` in eights; its length is a multiple of 8.
-#[inline(always)]
-fn eights(x: &[f32]) -> &[[f32; 8]] {
-    x.as_chunks().0
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn load(x: &[f32; 8]) -> __m256 {
-    // SAFETY: eight numbers are read from eight.
-    unsafe { _mm256_loadu_ps(x.as_ptr()) }
-}
-
 #[target_feature(enable = "avx2,fma,f16c")]
 fn store(out: &mut [f32; 8], x: __m256) {
     // SAFETY: eight numbers are written to eight.
@@ -334,7 +427,7 @@ fn store(out: &mut [f32; 8], x: __m256) {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_to(out: &mut [f32], x: __m256) {
     if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
-        let sum = _mm256_add_ps(load(out), x);
+        let sum = _mm256_add_ps(f32::load(out), x);
         return store(out, sum);
     }
     let mut numbers = [0f32; 8];

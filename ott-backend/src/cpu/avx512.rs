@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 use super::compiled::compiled_for;
 use super::fixed::{Fixed, LIMIT};
 use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, ROWS};
-use super::{avx2, scalar, CpuOps, Keys, Values};
+use super::{avx2, scalar, CpuOps, Full, Keys, Values};
 use crate::config::Clip;
 use crate::quantize::{quantize_group as quantize, Affine};
 
@@ -42,8 +42,8 @@ compiled_for! {"avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi":
     fn quantize_group(x: &[f32], weight: &[f32], bits: u8, clip: Clip, codes: &mut [u8]) -> Option<Affine> = quantize;
     fn key_scores(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) = keys_kernel;
     fn value_sum(values: &Values<'_>, p: &[f32], out: &mut [f32]) = values_kernel;
-    fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = avx2::full_scores_kernel;
-    fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = avx2::full_sum_kernel;
+    fn full_scores(keys: Full<'_>, q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = avx2::full_scores_kernel;
+    fn full_sum(values: Full<'_>, p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = avx2::full_sum_kernel;
     fn max(x: &[f32]) -> f32 = avx2::max_kernel;
     fn exp_sum(x: &mut [f32], max: f32) -> f32 = avx2::exp_sum_kernel;
 }

@@ -4,6 +4,7 @@
 //! and attention sums within a named budget. This room knows slices only.
 
 mod compiled;
+mod full;
 pub mod scalar;
 mod strip;
 
@@ -26,6 +27,8 @@ mod neon;
 use crate::config::Clip;
 use crate::error::{Error, Result};
 use crate::quantize::Affine;
+
+pub use full::Full;
 
 /// Quantized keys of one head in one page.
 #[derive(Clone, Copy, Debug)]
@@ -85,9 +88,9 @@ pub struct CpuOps {
     pub value_sum: fn(values: &Values<'_>, p: &[f32], out: &mut [f32]),
     /// Scores of queries `q (n, dim)` over full-precision keys `(tokens, dim)`: `scores (n, stride)`,
     /// the first `tokens` of each row overwritten.
-    pub full_scores: fn(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize),
+    pub full_scores: fn(keys: Full<'_>, q: &[f32], dim: usize, scores: &mut [f32], stride: usize),
     /// Add weighted full-precision values `(tokens, dim)`: weights `p (n, stride)`, `out (n, dim)`.
-    pub full_sum: fn(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]),
+    pub full_sum: fn(values: Full<'_>, p: &[f32], stride: usize, dim: usize, out: &mut [f32]),
     /// Bytes that will be read soon: the processor may fetch them meanwhile.
     pub prefetch: fn(bytes: &[u8]),
     /// The largest of some numbers; `-inf` of none.

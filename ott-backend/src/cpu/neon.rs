@@ -10,7 +10,7 @@ use std::arch::asm;
 use super::compiled::compiled_for;
 use super::fixed::{Fixed, LIMIT};
 use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, ROWS};
-use super::{scalar, CpuOps, Keys, Values};
+use super::{scalar, CpuOps, Full, Keys, Values};
 use crate::config::Clip;
 use crate::quantize::{quantize_group as quantize, sum, sum2, Affine};
 
@@ -38,8 +38,8 @@ compiled_for! {"neon,dotprod":
     fn quantize_group(x: &[f32], weight: &[f32], bits: u8, clip: Clip, codes: &mut [u8]) -> Option<Affine> = quantize;
     fn key_scores(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) = keys_kernel;
     fn value_sum(values: &Values<'_>, p: &[f32], out: &mut [f32]) = values_kernel;
-    fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = scalar::full_scores;
-    fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = scalar::full_sum;
+    fn full_scores(keys: Full<'_>, q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = scalar::full_scores;
+    fn full_sum(values: Full<'_>, p: &[f32], stride: usize, dim: usize, out: &mut [f32]) = scalar::full_sum;
     fn max(x: &[f32]) -> f32 = scalar::max;
     fn exp_sum(x: &mut [f32], max: f32) -> f32 = scalar::exp_sum;
 }

@@ -5,7 +5,8 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, COLUMNS, ROWS};
-use super::{CpuOps, Keys, Values};
+use super::{CpuOps, Full, Keys, Values};
+use crate::layout::MAX_DIM;
 use crate::pack::{packed_len, unpack_f32};
 use crate::quantize::{quantize_group, sum, sum2, LANES};
 
@@ -61,19 +62,31 @@ pub(super) fn add_strip(strip: &Strip<'_>, x: Numbers<'_>, out: &mut Sums<'_>) {
 }
 
 #[inline(always)]
-pub(super) fn full_scores(keys: &[f32], q: &[f32], dim: usize, scores: &mut [f32], stride: usize) {
-    for (q, scores) in rows(q, dim).zip(scores.chunks_mut(stride)) {
-        for (key, score) in rows(keys, dim).zip(scores) {
-            *score = sum2(q, key, |q, k| q * k);
+pub(super) fn full_scores(
+    keys: Full<'_>,
+    q: &[f32],
+    dim: usize,
+    scores: &mut [f32],
+    stride: usize,
+) {
+    let mut key = [0f32; MAX_DIM];
+    let key = &mut key[..dim];
+    for t in 0..keys.len() / dim {
+        keys.widen(t * dim, key);
+        for (q, scores) in q.chunks_exact(dim).zip(scores.chunks_mut(stride)) {
+            scores[t] = sum2(q, key, |q, k| q * k);
         }
     }
 }
 
 #[inline(always)]
-pub(super) fn full_sum(values: &[f32], p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
-    for (p, out) in p.chunks(stride).zip(out.chunks_exact_mut(dim)) {
-        for (value, p) in rows(values, dim).zip(p) {
-            add_scaled(out, *p, value);
+pub(super) fn full_sum(values: Full<'_>, p: &[f32], stride: usize, dim: usize, out: &mut [f32]) {
+    let mut value = [0f32; MAX_DIM];
+    let value = &mut value[..dim];
+    for t in 0..values.len() / dim {
+        values.widen(t * dim, value);
+        for (p, out) in p.chunks(stride).zip(out.chunks_exact_mut(dim)) {
+            add_scaled(out, p[t], value);
         }
     }
 }
@@ -133,11 +146,6 @@ fn add_scaled(out: &mut [f32], factor: f32, x: &[f32]) {
     for (out, x) in out.iter_mut().zip(x) {
         *out += factor * x;
     }
-}
-
-#[inline(always)]
-fn rows(x: &[f32], len: usize) -> std::slice::ChunksExact<'_, f32> {
-    x.chunks_exact(len)
 }
 
 /// The first `out.len()` (128 at most) of little-endian f16 `bytes`.

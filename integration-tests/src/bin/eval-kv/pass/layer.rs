@@ -6,6 +6,7 @@ use half::f16;
 use mistralrs_kv_backend::{KvAttn, KvLayer};
 use ott_backend::attention::{decode, Queries};
 use ott_backend::cache::{Cache, LayerSpec, Row, Tokens};
+use ott_backend::cpu::Full;
 use ott_backend::rotate::rotate;
 use ott_backend::{CpuOps, Element, OttConfig, PageLayout, Rotation};
 use rayon::prelude::*;
@@ -236,7 +237,7 @@ impl Rounded {
         let seen = tile.position + rows;
         let mut scores = vec![0f32; rows * seen];
         let keys = &self.k[head][..seen * k_dim];
-        (self.ops.full_scores)(keys, tile.q, k_dim, &mut scores, seen);
+        (self.ops.full_scores)(Full::F32(keys), tile.q, k_dim, &mut scores, seen);
         for (i, scores) in scores.chunks_exact_mut(seen).enumerate() {
             let (scores, hidden) = scores.split_at_mut(tile.position + i + 1);
             hidden.fill(0.0);
@@ -248,7 +249,7 @@ impl Rounded {
             scores.iter_mut().for_each(|s| *s *= inverse);
         }
         let values = &self.v[head][..seen * v_dim];
-        (self.ops.full_sum)(values, &scores, seen, v_dim, tile.out);
+        (self.ops.full_sum)(Full::F32(values), &scores, seen, v_dim, tile.out);
     }
 }
 

@@ -1,0 +1,39 @@
+//! The kernels without a GPU: as host C++ under a SIMT shim (`kernels/shim`), judged by what judges them on a GPU.
+//!
+//! `device.rs` and the conformance suite are compiled here against `driver.rs`, which takes cudarc's place, so that the
+//! launches are judged too. docs/kernels.md says what the shim sees and what it cannot.
+
+// `cudarc::driver` and `cudarc::nvrtc` are this crate's.
+extern crate self as cudarc;
+
+mod compile;
+#[path = "../../examples/gpu-check/conformance.rs"]
+#[allow(dead_code)]
+mod conformance;
+mod detectors;
+#[path = "../../src/device.rs"]
+#[allow(dead_code)]
+mod device;
+mod driver;
+mod kernels;
+#[path = "../../examples/gpu-check/paint.rs"]
+mod paint;
+mod teeth;
+
+use ott_kernels::{abi, plan, shape};
+
+mod nvrtc {
+    pub struct Ptx;
+    impl Ptx {
+        pub fn from_binary(_: Vec<u8>) -> Self {
+            Self
+        }
+    }
+}
+
+mod image {
+    /// A library has all kernels.
+    pub fn image(_: &str) -> Vec<u8> {
+        Vec::new()
+    }
+}
