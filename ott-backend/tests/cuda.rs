@@ -1,5 +1,6 @@
 //! The cache on a GPU beside the cache on the CPU, behind the same seam: a host does the same with both, sequences that
-//! come, hit each other's blocks, grow in batches, are rolled back and end, in a pool whose blocks are used again. Pages are equal byte for byte, what is read back bit for bit, attention within a budget.
+//! come, hit each other's blocks, grow in batches, are rolled back and end, in a pool whose blocks are used again. Pages
+//! are equal byte for byte, what is read back bit for bit, attention within a budget.
 //!
 //! Compiled with the feature `cuda`; run where a GPU is: `cargo test -p ott-backend --features cuda --test cuda -- --ignored`.
 
