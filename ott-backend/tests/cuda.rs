@@ -1,6 +1,6 @@
 //! The cache on a GPU beside the cache on the CPU, behind the same seam: a host does the same with both, sequences that
-//! come, hit each other's blocks, grow in batches, are rolled back, preempted and end, in a pool that is too small for
-//! them. Pages are equal byte for byte, what is read back bit for bit, attention within a budget.
+//! come, hit each other's blocks, grow in batches, are rolled back and end, in a pool whose blocks are used again. Pages
+//! are equal byte for byte, what is read back bit for bit, attention within a budget.
 //!
 //! Compiled with the feature `cuda`; run where a GPU is: `cargo test -p ott-backend --features cuda --test cuda -- --ignored`.
 
@@ -30,14 +30,20 @@ impl Draw {
     }
 }
 
-const NUM_BLOCKS: usize = 40;
+const NUM_BLOCKS: usize = 24;
 const MAX_SEQS: usize = 6;
 
-/// Largest difference of attention allowed, of a row's largest number: as in the kernels' own conformance.
+/// An answer is a mean of values, so errors are measured by a value's mean magnitude, not by the answer's: values are noise
+/// around 0 and cancel.
+const MAGNITUDE: f32 = 0.5;
+
+/// Largest difference of attention allowed: the kernels' own budget, and what the CPU's answer is off by: its rounding to
+/// f16, and factors of 16 bits where the inner loops add integers.
 fn budget(dtype: DType) -> f32 {
     match dtype {
+        DType::F16 => 1e-3 + 5e-4 + 2e-4,
         DType::BF16 => 6e-3,
-        _ => 1e-3,
+        _ => 2e-4,
     }
 }
 
@@ -220,7 +226,7 @@ impl Both {
         self.compare();
     }
 
-    /// Of attention, relative to the largest number of a head.
+    /// Of attention, relative to the values it is a mean of.
     fn difference(&self, cpu: &Option<Tensor>, gpu: &Option<Tensor>) -> f32 {
         let (cpu, gpu) = (
             cpu.as_ref().expect("attended"),
@@ -234,7 +240,7 @@ impl Both {
             let largest = c.iter().fold(0f32, |m, x| m.max(x.abs()));
             let error = c.iter().zip(g).fold(0f32, |m, (c, g)| m.max((c - g).abs()));
             assert!(error.is_finite(), "an answer is not a number");
-            error / largest
+            error / largest.max(MAGNITUDE)
         });
         errors.fold(0.0, f32::max)
     }
@@ -253,7 +259,9 @@ impl Both {
             return;
         }
         s.past -= back;
-        s.text = s.text.forked(s.past, 1000 + s.id as u64);
+        if s.text.fork.is_none_or(|(at, _)| at >= s.past) {
+            s.text = s.text.forked(s.past, 1000 + s.id as u64);
+        }
         live.prompt = live.prompt.min(s.past);
         self.seen.rolled_back += 1;
     }
@@ -346,6 +354,7 @@ const SETTINGS: [(&str, usize, usize, usize); 6] = [
 #[ignore = "needs an NVIDIA GPU"]
 fn any_history_is_the_same_on_both() {
     let (gpu, _one) = gpu();
+    let mut within = true;
     for (options, heads, kv_heads, dim) in SETTINGS {
         for dtype in [DType::F16, DType::BF16, DType::F32] {
             let mut seen = Seen::default();
@@ -371,13 +380,10 @@ fn any_history_is_the_same_on_both() {
                 seen.hits > 0 && seen.decoded > 0 && seen.pages > 0,
                 "{seen:?}"
             );
-            assert!(
-                seen.error <= budget(dtype),
-                "attention is off by {}",
-                seen.error
-            );
+            within &= seen.error <= budget(dtype);
         }
     }
+    assert!(within, "attention is off: see above");
 }
 
 /// What no scale can hold is told when the next step begins, and what the bad step stored is gone.
