@@ -1,10 +1,13 @@
 //! Compiles `cuda/*.cu` for every architecture, if the feature `cuda` is on: one fat binary each.
 //!
+//! What each kernel takes (registers, shared memory, spills) is written beside them, `resources.txt`; a tensor-core kernel
+//! that spills is an error.
+//!
 //! nvcc is looked for in `CUDA_HOME`, `CUDA_PATH` and `PATH`. `CUDA_COMPUTE_CAP` (as 80, 86, 89 or 90) builds for one
 //! architecture only.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// Sources, and how they round: codes must be equal bit for bit to the CPU's, so that `seal` may not contract products
 /// and sums; weights below the smallest normal number may be 0 in attention.
@@ -41,27 +44,87 @@ fn compile() -> Result<(), String> {
         let mut command = Command::new(&nvcc);
         command
             .args(["-std=c++17", "-O3", "-Werror", "all-warnings", "-fatbin"])
+            .arg("--resource-usage")
             .arg(rounding)
             .args(targets())
             .arg("-o")
             .arg(out.join(format!("{name}.fatbin")))
             .arg(format!("cuda/{name}.cu"));
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         (name, command.spawn())
     });
+    let mut resources = Vec::new();
     for (name, job) in jobs {
-        let mut job = job.map_err(|error| {
+        let job = job.map_err(|error| {
             format!(
                 "nvcc does not start ({}: {error}): install the CUDA toolkit, or set CUDA_HOME to one, \
                  or fetch the compiler alone with `cargo fetch-nvcc`",
                 nvcc.display()
             )
         })?;
-        let status = job.wait().map_err(|error| error.to_string())?;
-        if !status.success() {
-            return Err(format!("nvcc could not compile cuda/{name}.cu: {status}"));
+        let output = job.wait_with_output().map_err(|error| error.to_string())?;
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text);
+        if !output.status.success() {
+            return Err(format!("nvcc could not compile cuda/{name}.cu: {text}"));
         }
+        resources.extend(kernels_in(&text));
     }
-    Ok(())
+    if let Some(kernel) = resources.iter().find(|k| k.is_tuned() && k.stack > 0) {
+        return Err(format!("a tensor-core kernel spills registers: {kernel}"));
+    }
+    resources.sort_by(|a, b| (&a.name, &a.arch).cmp(&(&b.name, &b.arch)));
+    let lines: String = resources.iter().map(|k| format!("{k}\n")).collect();
+    std::fs::write(out.join("resources.txt"), lines).map_err(|error| error.to_string())
+}
+
+/// What ptxas says of a kernel.
+struct Resources {
+    name: String,
+    arch: String,
+    registers: usize,
+    /// Bytes of local memory: spills, and arrays that are indexed at run time.
+    stack: usize,
+    shared: usize,
+}
+
+impl Resources {
+    fn is_tuned(&self) -> bool {
+        self.name.starts_with("ott_decode_mma")
+    }
+}
+
+impl std::fmt::Display for Resources {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (name, arch) = (&self.name, &self.arch);
+        write!(f, "{name} {arch} registers {} ", self.registers)?;
+        write!(f, "local {} static shared {}", self.stack, self.shared)
+    }
+}
+
+fn kernels_in(text: &str) -> Vec<Resources> {
+    let parts = text.split("Compiling entry function '").skip(1);
+    let parts = parts.filter_map(|part| {
+        let (name, rest) = part.split_once('\'')?;
+        Some(Resources {
+            name: name.to_string(),
+            arch: rest.split('\'').nth(1)?.to_string(),
+            registers: after(rest, "Used ")?,
+            stack: number_before(rest, " bytes stack frame")?,
+            shared: number_before(rest, " bytes smem").unwrap_or(0),
+        })
+    });
+    parts.collect()
+}
+
+fn after(text: &str, word: &str) -> Option<usize> {
+    let (_, rest) = text.split_once(word)?;
+    rest.split_whitespace().next()?.parse().ok()
+}
+
+fn number_before(text: &str, words: &str) -> Option<usize> {
+    let (before, _) = text.split_once(words)?;
+    before.split_whitespace().next_back()?.parse().ok()
 }
 
 fn nvcc() -> PathBuf {

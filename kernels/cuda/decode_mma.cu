@@ -614,8 +614,9 @@ struct Kernel {
 
 }  // namespace ott
 
+// Blocks on a multiprocessor are as many as need no local memory.
 #define OTT_DECODE_MMA(name, E, DIM, KB, VB, TILES)                                                              \
-    extern "C" __global__ void __launch_bounds__(128, (KB == 3) + TILES == 1 ? 4 : 3) name(                         \
+    extern "C" __global__ void __launch_bounds__(128, 5 - TILES - (KB == 3)) name(                         \
         ott::Layer l, const ott::Row* rows, const uint32_t* tables, const ott::Item* items, const uint2* of_row,  \
         ott::Query query) {                                                                                      \
         extern __shared__ __align__(128) uint8_t shared[];                                                       \

@@ -363,6 +363,9 @@ __device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, c
         reinterpret_cast<uint16_t*>(group.page + layout.k_boosted)[place] = static_cast<uint16_t>(c);
     }
     __syncthreads();
+    // Padding is zero: a page is compared byte by byte.
+    for (size_t i = layout.k_high + boosted * high + threadIdx.x; i < layout.k_boosted; i += BOOSTERS) group.page[i] = 0;
+    for (size_t i = layout.k_boosted + 2 * boosted + threadIdx.x; i < layout.head_bytes; i += BOOSTERS) group.page[i] = 0;
     for (int n = half; n < align_up(boosted, 2); n += BOOSTERS / LANES) {
         // An odd one out is made twice, alike.
         const int place = min(n, boosted - 1);

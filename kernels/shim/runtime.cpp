@@ -91,6 +91,9 @@ struct Thread {
 // Lanes of one mask on their way to one place.
 struct Meeting {
     uint32_t mask, here;
+    // For the race detector: who comes, and who goes on, at every other meeting.
+    char come[2], go[2];
+    bool odd;
     Site site;
     void* brought[LANES];
 };
@@ -107,6 +110,8 @@ struct State {
     int count, live, waiting;
     Site barrier;
     bool all;
+    char come[2], go[2];
+    bool odd;
     // How often a thread looked for bytes since anything happened.
     int idle;
     std::vector<Copy> engine;
@@ -246,7 +251,8 @@ void note(const char* format, ...) {
 // ---- a block
 
 void run_thread() {
-    observe(state);
+    // Begins after the block's begin, and ends before its end; not after another thread's end.
+    observe(&state->kernel);
     state->kernel(state->args);
     Thread& mine = *current;
     for (const auto& group : mine.copies)
@@ -254,7 +260,7 @@ void run_thread() {
     mine.ended = true;
     --state->live;
     happened();
-    publish(state);
+    publish(&state->live);
     pause(true);
 }
 
@@ -307,7 +313,7 @@ void run_block() {
         thread.copies.assign(1, {});
         thread.fibre.start(run_thread);
     }
-    publish(&s);
+    publish(&s.kernel);
     while (s.live > 0 && !s.failed) {
         // Any warp that can go on, for as long as it can or for a while.
         int which = -1, seen = 0;
@@ -329,7 +335,7 @@ void run_block() {
             note("bytes are waited for that nobody sends: %s", where);
         }
     }
-    observe(&s);
+    observe(&s.live);
     current = nullptr;
     if (s.failed) return;
     if (!s.engine.empty()) note("the block ended with a copy on its way");
@@ -370,20 +376,22 @@ void meet(const Site& site, uint32_t mask, void* mine, void (*all)(void* const* 
     current->at = site;
     meeting.brought[l] = mine;
     meeting.here |= 1u << l;
-    publish(&meeting);
+    const bool odd = meeting.odd;
+    publish(&meeting.come[odd]);
     if (meeting.here != mask) {
         warp.ready &= ~(1u << l);
         pause();
     } else {
-        observe(&meeting);
+        observe(&meeting.come[odd]);
         meeting.here = 0;
+        meeting.odd = !odd;
         all(meeting.brought, mask);
         warp.ready |= mask;
         happened();
-        publish(&meeting);
+        publish(&meeting.go[odd]);
         if (!state->engine.empty() && state->random.below(4) == 0) deliver_any();
     }
-    observe(&meeting);
+    observe(&meeting.go[odd]);
 }
 
 bool meet_block(const Site& site, bool mine) {
@@ -397,21 +405,23 @@ bool meet_block(const Site& site, bool mine) {
     }
     s.all = s.all && mine;
     current->at = site;
-    publish(&s.barrier);
+    const bool odd = s.odd;
+    publish(&s.come[odd]);
     if (++s.waiting < s.count) {
         current->warp->ready &= ~(1u << current->lane);
         pause();
     } else {
-        observe(&s.barrier);
+        observe(&s.come[odd]);
         s.waiting = 0;
+        s.odd = !odd;
         happened();
         for (int t = 0; t < s.count; ++t) {
             s.threads[t]->all = s.all;
             s.warps[t / LANES].ready |= 1u << t % LANES;
         }
-        publish(&s.barrier);
+        publish(&s.go[odd]);
     }
-    observe(&s.barrier);
+    observe(&s.go[odd]);
     return current->all;
 }
 

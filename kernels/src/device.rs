@@ -170,6 +170,17 @@ impl Kernels {
     }
 }
 
+/// The kernels for attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attention {
+    /// Any shape.
+    Clear,
+    /// On tensor cores, 4 query heads at once.
+    Narrow,
+    /// On tensor cores, 8 query heads at once, where a kv head has more than 4.
+    Wide,
+}
+
 /// A tensor-core kernel: its shared memory, and the query heads that a block takes.
 struct Tuned {
     function: CudaFunction,
@@ -200,7 +211,7 @@ pub struct DeviceLayer {
     boost: CudaFunction,
     rotate: CudaFunction,
     clear_decode: CudaFunction,
-    tuned_decode: Option<Tuned>,
+    narrow_decode: Option<Tuned>,
     wide_decode: Option<Tuned>,
     merge: CudaFunction,
     gather: CudaFunction,
@@ -315,7 +326,7 @@ impl DeviceLayer {
             boost: kernel(&kernels.seal, "boost")?,
             rotate: kernel(&kernels.store, "rotate")?,
             clear_decode: kernel(&kernels.decode, "decode")?,
-            tuned_decode: narrow,
+            narrow_decode: narrow,
             wide_decode: wide,
             merge: kernel(&kernels.decode, "merge")?,
             gather: kernel(&kernels.decode, "gather")?,
@@ -333,7 +344,7 @@ impl DeviceLayer {
 
     /// Whether the tensor-core kernel serves this layer.
     pub fn is_tuned(&self) -> bool {
-        self.tuned_decode.is_some()
+        self.narrow_decode.is_some()
     }
 
     /// Bytes held.
@@ -421,9 +432,6 @@ impl DeviceLayer {
         }
         let heads = self.shape.num_kv_heads as u32;
         let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
-        if longest == 0 {
-            return Ok(());
-        }
         let mut launch = self.stream.launch_builder(&self.store);
         let args = launch.arg(layer).arg(&plan.words).arg(&k).arg(&v);
         // SAFETY: as above.
@@ -431,32 +439,54 @@ impl DeviceLayer {
         Ok(())
     }
 
-    /// Attention of each row's one new token, which is stored. `sums` has room for every item.
+    /// Attention of each row's one new token, which is stored. `sums` has room for every item. `tuned`: by the fastest
+    /// kernel that there is.
     ///
     /// # Errors
     /// If the driver fails.
     pub fn decode(&self, plan: &DevicePlan, query: Query, tuned: bool) -> Result<()> {
-        let layer = self.abi();
-        let shape = &self.shape;
-        let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
-        let kv_heads = shape.num_kv_heads as u32;
-        let narrow = lanes(self.num_heads, shape.num_kv_heads);
+        let blocks = plan.num_items * lanes(self.num_heads, self.shape.num_kv_heads);
         // As long as the device has room, heads are spread; then a page is read once for more of them.
-        let tuned_decode = match plan.num_items * narrow > self.slots {
-            true => self.wide_decode.as_ref().or(self.tuned_decode.as_ref()),
-            false => self.tuned_decode.as_ref(),
+        let kernel = match blocks > self.slots {
+            true => [Attention::Wide, Attention::Narrow],
+            false => [Attention::Narrow, Attention::Clear],
         };
-        if let (Some(kernel), true) = (tuned_decode, tuned) {
-            let ratio = self.num_heads / shape.num_kv_heads;
+        let kernel = kernel.into_iter().find(|k| tuned && self.has(*k));
+        self.decode_by(kernel.unwrap_or(Attention::Clear), plan, query)
+    }
+
+    /// Whether a kernel serves this layer.
+    pub fn has(&self, kernel: Attention) -> bool {
+        kernel == Attention::Clear || self.tuned(kernel).is_some()
+    }
+
+    fn tuned(&self, kernel: Attention) -> Option<&Tuned> {
+        match kernel {
+            Attention::Clear => None,
+            Attention::Narrow => self.narrow_decode.as_ref(),
+            Attention::Wide => self.wide_decode.as_ref(),
+        }
+    }
+
+    /// Attention by this kernel, or by the clear one where it does not serve.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn decode_by(&self, kernel: Attention, plan: &DevicePlan, query: Query) -> Result<()> {
+        let layer = self.abi();
+        let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
+        let kv_heads = self.shape.num_kv_heads;
+        if let Some(tuned) = self.tuned(kernel) {
+            let blocks = (self.num_heads / kv_heads).div_ceil(tuned.heads) as u32;
             let config = LaunchConfig {
-                shared_mem_bytes: kernel.shared,
-                ..grid(items, kv_heads, ratio.div_ceil(kernel.heads) as u32)
+                shared_mem_bytes: tuned.shared,
+                ..grid(items, kv_heads as u32, blocks)
             };
             let query = Query {
                 arrived: plan.arrived,
                 ..query
             };
-            let mut launch = self.stream.launch_builder(&kernel.function);
+            let mut launch = self.stream.launch_builder(&tuned.function);
             let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
             let args = args.arg(&plan.items).arg(&plan.of_row).arg(&query);
             // SAFETY: the arguments are the kernel's; the caller's `sums` has room for every item and head.

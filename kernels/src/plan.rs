@@ -136,8 +136,8 @@ fn padded<const N: usize>(numbers: &[u32]) -> [u32; N] {
 
 /// Pages of an item and tokens of an item of the window, by what was measured on an H200 (docs/kernels.md), in
 /// microseconds. A round of [`WARPS`] pages takes a block 2.1 alone on a multiprocessor, 6.3 where all four of a wave are
-/// at work, and 5.2 where blocks of several waves follow each other; an item costs half a round beside its pages, and 0.05
-/// to join its row. [`WINDOW_ITEM`] tokens take 1.
+/// at work, and 5.2 where blocks of several waves follow each other; an item costs 1.2, or half a round, beside its pages,
+/// and 0.05 to join its row. [`WINDOW_ITEM`] tokens take 1.
 fn item_sizes(pages: &[usize], group: usize, lanes: usize, slots: usize) -> (usize, usize) {
     let rounds = |pages: &usize| pages.div_ceil(WARPS);
     let longest = pages.iter().map(rounds).max().unwrap_or(0).max(1);
@@ -149,12 +149,12 @@ fn item_sizes(pages: &[usize], group: usize, lanes: usize, slots: usize) -> (usi
     let windows = |tokens: usize| (2 * group).div_ceil(tokens);
     let cost = |size: usize, tokens: usize| {
         let blocks = (items(size) + pages.len() * windows(tokens)) * lanes;
-        // Blocks of the fullest multiprocessor.
-        let fullest = (WAVE * blocks).div_ceil(slots.max(1));
+        // Blocks of a multiprocessor.
+        let each = (WAVE * blocks) as f64 / slots.max(1) as f64;
         let half = 0.5 * items(size) as f64;
         let window = (tokens / WINDOW_ITEM) as f64;
-        let work = match fullest <= WAVE {
-            true => window.max((size as f64 + 0.5) * (0.7 + 1.4 * fullest as f64)),
+        let work = match each <= WAVE as f64 {
+            true => window.max(1.2 + size as f64 * (0.7 + 1.4 * each).max(2.1)),
             // The device is full to the end, but for the last items.
             false => {
                 5.2 * (all as f64 + half) * lanes as f64 / slots.max(1) as f64 + 2.1 * size as f64

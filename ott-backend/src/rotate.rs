@@ -18,7 +18,11 @@ pub fn rotate(x: &mut [f32]) {
     let width = width(x.len());
     let factor = 1.0 / (width as f32).sqrt();
     for x in x.chunks_exact_mut(width) {
-        let mut half = 1;
+        let sixteens = x.as_chunks_mut::<16>().0;
+        for x in sixteens.iter_mut() {
+            *x = pairs::<8>(pairs::<4>(pairs::<2>(pairs::<1>(*x))));
+        }
+        let mut half = if sixteens.is_empty() { 1 } else { 16 };
         while half < width {
             for pair in x.chunks_exact_mut(2 * half) {
                 let (low, high) = pair.split_at_mut(half);
@@ -30,6 +34,15 @@ pub fn rotate(x: &mut [f32]) {
         }
         x.iter_mut().for_each(|x| *x *= factor);
     }
+}
+
+/// Sums and differences of pairs of one distance, which become shuffles of registers.
+#[inline(always)]
+fn pairs<const HALF: usize>(x: [f32; 16]) -> [f32; 16] {
+    std::array::from_fn(|i| match i & HALF {
+        0 => x[i] + x[i | HALF],
+        _ => x[i & !HALF] - x[i],
+    })
 }
 
 #[cfg(test)]

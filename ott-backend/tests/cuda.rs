@@ -10,7 +10,7 @@ mod pool;
 #[allow(dead_code)]
 mod reference;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use harness::{numbers, Host, Model, Sequence, Text};
@@ -320,8 +320,11 @@ impl Both {
     }
 }
 
-fn gpu() -> Device {
-    Device::new_cuda(0).expect("a GPU")
+/// The GPU, for one test at a time: a cache is found as the one that was made last.
+fn gpu() -> (Device, MutexGuard<'static, ()>) {
+    static ONE: Mutex<()> = Mutex::new(());
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    (Device::new_cuda(0).expect("a GPU"), one)
 }
 
 /// What the kernels serve, tensor cores and not.
@@ -342,11 +345,11 @@ const SETTINGS: [(&str, usize, usize, usize); 6] = [
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn any_history_is_the_same_on_both() {
-    let gpu = gpu();
+    let (gpu, _one) = gpu();
     for (options, heads, kv_heads, dim) in SETTINGS {
         for dtype in [DType::F16, DType::BF16, DType::F32] {
             let mut seen = Seen::default();
-            for seed in 0..4 {
+            for seed in 0..3 {
                 let mut model = Model::new(options)
                     .heads(heads, kv_heads)
                     .dims(dim, dim)
@@ -382,7 +385,8 @@ fn any_history_is_the_same_on_both() {
 #[ignore = "needs an NVIDIA GPU"]
 fn a_number_that_is_none_ends_the_next_step() {
     let mut model = Model::new("");
-    model.device = gpu();
+    let (gpu, _one) = gpu();
+    model.device = gpu;
     let host = model.host(8);
     let text = Text::new(7);
     let mut s = host.sequence(1, &text, &[1, 2]);
@@ -414,7 +418,8 @@ fn a_number_that_is_none_ends_the_next_step() {
 fn refusals() {
     let provider = ott_backend::provider();
     let mut model = Model::new("bits=4,boost=8");
-    model.device = gpu();
+    let (gpu, _one) = gpu();
+    model.device = gpu;
     let refused = provider.memory(&model.shape()).map(drop);
     let mut shape = Model::new("").shape();
     shape.layers[1].device = model.device.clone();

@@ -55,6 +55,11 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
         )
     })?;
     steps.step("inner loops for Arm", || arm::check(project))?;
+    steps.step("instructions of the inner loops", || {
+        let mut count = cargo_root(project, &["count-instructions", "--locked"])?;
+        count.env("RUSTFLAGS", "-C target-cpu=x86-64");
+        run("cargo count-instructions", count)
+    })?;
     if !fast {
         steps.step("build of the patched host", || {
             freshness::restore(project)?;

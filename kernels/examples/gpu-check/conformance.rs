@@ -14,7 +14,7 @@ use ott_kernels::blocks::{Blocks, Step};
 use ott_kernels::plan::Plan;
 use ott_kernels::shape::LayerShape;
 
-use crate::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
+use crate::device::{address, Attention, DeviceLayer, DevicePlan, Dtype, Kernels};
 use crate::paint::{keys, values, Noise};
 
 /// Largest difference allowed, relative to the row's largest number: the clear kernels add in f32 and round once; the
@@ -23,6 +23,8 @@ const CLEAR: f64 = 6e-4;
 const TUNED: f64 = 1e-3;
 /// bf16 rounds results to 8 bits.
 const BF16: f64 = 5e-3;
+
+const KERNELS: [Attention; 3] = [Attention::Clear, Attention::Narrow, Attention::Wide];
 
 struct Case {
     options: &'static str,
@@ -36,7 +38,7 @@ struct Case {
     steps: usize,
 }
 
-const CASES: [Case; 20] = [
+const CASES: [Case; 22] = [
     Case {
         options: "",
         dim: 128,
@@ -173,6 +175,24 @@ const CASES: [Case; 20] = [
         steps: 3,
     },
     Case {
+        options: "bits=3,boost=12",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 4,
+        softcap: 0.0,
+        prompts: &[900, 333],
+        steps: 3,
+    },
+    Case {
+        options: "bits=4,boost=12",
+        dim: 64,
+        kv_heads: 1,
+        ratio: 8,
+        softcap: 0.0,
+        prompts: &[900, 333],
+        steps: 3,
+    },
+    Case {
         options: "outliers=0",
         dim: 128,
         kv_heads: 2,
@@ -232,7 +252,7 @@ pub fn run(kernels: &Kernels, quick: bool) -> Result<()> {
 #[allow(dead_code)]
 pub fn judge(kernels: &Kernels, short: bool, dtypes: &[Dtype]) -> Result<()> {
     structs_are_the_same(kernels)?;
-    let is_short = |case: &&Case| !short || case.prompts.iter().sum::<usize>() <= 900;
+    let is_short = |case: &&Case| !short || case.prompts.iter().sum::<usize>() <= 1300;
     judge_cases(kernels, CASES.iter().filter(is_short), dtypes)?;
     refuses_what_f16_cannot_hold(kernels)
 }
@@ -461,7 +481,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         tables.push(ids.split_off(ids.len() - longest(prompt)));
     }
     let mut past = vec![0; case.prompts.len()];
-    let (mut worst, mut traced) = ([0f64; 2], 0);
+    let (mut worst, mut traced) = ([0f64; KERNELS.len()], 0);
     for step in 0..=case.steps {
         let new: Vec<usize> = match step {
             0 => case.prompts.to_vec(),
@@ -558,11 +578,11 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
                 scale: scale * std::f32::consts::LOG2_E,
                 softcap: case.softcap,
             };
-            for (kind, tuned) in [(0, false), (1, true)] {
-                if tuned && !gpu.is_tuned() {
+            for (kind, kernel) in KERNELS.into_iter().enumerate() {
+                if !gpu.has(kernel) {
                     continue;
                 }
-                gpu.decode(&plan, query, tuned)?;
+                gpu.decode_by(kernel, &plan, query)?;
                 let found = stream.clone_dtoh(&out)?;
                 for (e, f) in expected.chunks(dim).zip(found.chunks(dim)) {
                     let largest = e.iter().fold(0f32, |m, x| m.max(x.abs()));
@@ -591,20 +611,14 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         }
     }
     println!(
-        "{:40} head {:3} gqa {} {:?}: pages equal, {traced:3} traced, error {:.1e} clear, {:.1e} tensor cores",
-        case.options, dim, case.ratio, dtype, worst[0], worst[1]
+        "{:40} head {:3} gqa {} {:?}: pages equal, {traced:3} traced, error {:.1e} clear, {:.1e} narrow, {:.1e} wide",
+        case.options, dim, case.ratio, dtype, worst[0], worst[1], worst[2]
     );
     let slack = if dtype == Dtype::Bf16 { BF16 } else { 0.0 };
-    ensure!(
-        worst[0] <= CLEAR + slack,
-        "the clear kernel is off by {}",
-        worst[0]
-    );
-    ensure!(
-        worst[1] <= TUNED + slack,
-        "the tensor-core kernel is off by {}",
-        worst[1]
-    );
+    for ((kernel, worst), budget) in KERNELS.iter().zip(worst).zip([CLEAR, TUNED, TUNED]) {
+        let is_close = worst <= budget + slack;
+        ensure!(is_close, "the kernel {kernel:?} is off by {worst}");
+    }
     Ok(())
 }
 

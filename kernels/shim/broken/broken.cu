@@ -76,13 +76,16 @@ BROKEN(beyond_an_array) {
 }
 
 // By an address, which has no bound that a compiler knows.
-BROKEN(beyond_an_address) {
+namespace ott {
+__device__ void beyond_an_address(uint32_t* out, const uint32_t* in) {
     __shared__ uint32_t numbers[64], others[64];
     uint32_t* volatile at = threadIdx.x == 0 ? numbers + 64 : others;
     *at = in[threadIdx.x];
     __syncthreads();
     out[threadIdx.x] = numbers[threadIdx.x % 64] + others[0];
 }
+}  // namespace ott
+BROKEN(beyond_an_address) { ott::beyond_an_address(out, in); }
 
 BROKEN(beyond_dynamic_memory) {
     extern __shared__ __align__(16) uint8_t shared[];

@@ -130,12 +130,13 @@ pub fn library(build: &Build<'_>) -> Result<PathBuf> {
         .filter(|name| !build.without.contains(name));
     let mut objects = Vec::new();
     for name in kernels {
-        compiler.wrap(name)?;
-        let source = folder.join(format!("{name}.cpp"));
-        objects.push((
-            folder.join(format!("{name}.o")),
-            compiler.object(name, &source, build.watch.flags()),
-        ));
+        for part in compiler.wrap(name)? {
+            let source = folder.join(format!("{part}.cpp"));
+            objects.push((
+                folder.join(format!("{part}.o")),
+                compiler.object(&part, &source, build.watch.flags()),
+            ));
+        }
     }
     for name in ["runtime", "fibre"] {
         let source = shim.join(format!("{name}.cpp"));
@@ -148,7 +149,12 @@ pub fn library(build: &Build<'_>) -> Result<PathBuf> {
     let whole = folder.join("kernels.so.new");
     let mut link = compiler.command();
     link.args(build.watch.flags())
-        .args(["-shared", "-Wl,-Bsymbolic", "-Wl,-z,nodelete", "-o"])
+        .args([
+            "-shared",
+            "-Wl,-Bsymbolic",
+            "-Wl,-z,nodelete,-z,muldefs",
+            "-o",
+        ])
         .arg(&whole);
     link.args(objects.iter().map(|(object, _)| object));
     run_all([&mut link].into_iter())?;
@@ -193,6 +199,10 @@ const FLAGS: [&str; 10] = [
     "-D__CUDACC__",
 ];
 
+/// So that a few compilers work side by side.
+const KERNELS_OF_A_PART: usize = 10;
+const NO_COMPILER: &str = "the kernels' tests without a GPU need g++, or what CXX names";
+
 struct Compiler<'a> {
     build: &'a Build<'a>,
     shim: &'a Path,
@@ -203,34 +213,37 @@ impl Compiler<'_> {
     fn command(&self) -> Command {
         let mut command = Command::new(compiler());
         command.args(FLAGS).current_dir(self.folder);
+        // A sanitizer is in this process, not in the compiler's.
+        command.env_remove("LD_PRELOAD");
         command.arg(format!("-D__CUDA_ARCH__={}", self.build.arch));
         command.arg("-I").arg(self.shim.join("include"));
         command.args(["-include", "cuda_runtime.h"]);
         command
     }
 
-    /// A file that makes each kernel of `name.cu` one that can be found and launched.
-    fn wrap(&self, name: &str) -> Result<()> {
+    /// Files that make each kernel of `name.cu` one that can be found and launched, some kernels in each; their names.
+    fn wrap(&self, name: &str) -> Result<Vec<String>> {
         let mut command = self.command();
-        let output = command
-            .args(["-E", "-x", "c++"])
-            .arg(format!("{name}.cu"))
-            .output();
-        let output = output.context("the kernels' tests without a GPU need g++, or CXX")?;
-        ensure!(
-            output.status.success(),
-            "{name}.cu: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let command = command.args(["-E", "-x", "c++"]).arg(format!("{name}.cu"));
+        let output = command.output().context(NO_COMPILER)?;
+        let words = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{name}.cu: {words}");
         let text = String::from_utf8_lossy(&output.stdout);
         // As `__global__` is defined in cuda_runtime.h.
-        let found = text.split("__attribute__((used)) void").skip(1);
-        let mut wrapper = format!("#include \"{name}.cu\"\n");
-        for kernel in found.filter_map(|rest| rest.split('(').next()) {
-            wrapper += &format!("SHIM_KERNEL({})\n", kernel.trim());
-        }
-        fs::write(self.folder.join(format!("{name}.cpp")), wrapper)?;
-        Ok(())
+        let found = text.split("inline __attribute__((unused)) void").skip(1);
+        let kernels: Vec<&str> = found.filter_map(|rest| rest.split('(').next()).collect();
+        let parts = kernels.chunks(KERNELS_OF_A_PART).enumerate();
+        parts
+            .map(|(i, kernels)| {
+                let lines = kernels
+                    .iter()
+                    .map(|kernel| format!("SHIM_KERNEL({})\n", kernel.trim()));
+                let text = format!("#include \"{name}.cu\"\n{}", lines.collect::<String>());
+                let part = format!("{name}-{i}");
+                fs::write(self.folder.join(format!("{part}.cpp")), text)?;
+                Ok(part)
+            })
+            .collect()
     }
 
     fn object(&self, name: &str, source: &Path, watch: &[&str]) -> Command {
@@ -252,12 +265,14 @@ fn read(folder: &Path) -> Result<Vec<(String, String)>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        if path.is_file() {
-            let name = path
-                .file_name()
-                .context("a name")?
-                .to_string_lossy()
-                .into_owned();
+        let (Some(name), Some(kind)) = (path.file_name(), path.extension()) else {
+            continue;
+        };
+        if ["cu", "cuh", "h", "cpp"]
+            .iter()
+            .any(|source| kind == *source)
+        {
+            let name = name.to_string_lossy().into_owned();
             files.push((name, fs::read_to_string(&path)?));
         }
     }
@@ -269,7 +284,7 @@ fn run_all<'a>(commands: impl Iterator<Item = &'a mut Command>) -> Result<()> {
     let mut running = Vec::new();
     for command in commands {
         let child = command.spawn();
-        running.push(child.context("the kernels' tests without a GPU need g++, or CXX")?);
+        running.push(child.context(NO_COMPILER)?);
     }
     for mut child in running {
         ensure!(

@@ -142,6 +142,9 @@ fn copies_that_have_not_arrived() {
 #[test]
 #[ignore = "ends its process"]
 fn fault_of_the_environment() {
+    let Ok(name) = std::env::var("OTT_SHIM_FAULT") else {
+        return;
+    };
     let build = Build {
         folder: "shim/broken",
         arch: 900,
@@ -150,7 +153,6 @@ fn fault_of_the_environment() {
         edits: &[],
     };
     let library = library(&build).expect("compiles");
-    let name = std::env::var("OTT_SHIM_FAULT").expect("named");
     for seed in 0..SEEDS {
         let context = CudaContext::on_host(&library, 1, 1000 * seed).expect("loads");
         let stream = context.new_stream().expect("a stream");

@@ -2,10 +2,10 @@
 //! runs the kernel to its end. So what launches the kernels is judged as well.
 
 use std::alloc::Layout;
-use std::cell::Cell;
 use std::ffi::{c_char, c_void, CStr};
 use std::marker::PhantomData;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::nvrtc::Ptx;
@@ -68,7 +68,7 @@ const UNTOUCHED: u8 = 0xa5;
 pub struct CudaContext {
     library: libloading::Library,
     multiprocessors: i32,
-    seed: Cell<u64>,
+    seed: AtomicU64,
     /// Address and bytes of all that is allocated.
     held: Mutex<Vec<(usize, usize)>>,
 }
@@ -85,7 +85,7 @@ impl CudaContext {
         Ok(Arc::new(Self {
             library: library.map_err(|e| DriverError(e.to_string()))?,
             multiprocessors,
-            seed: Cell::new(seed),
+            seed: AtomicU64::new(seed),
             held: Mutex::default(),
         }))
     }
@@ -165,6 +165,11 @@ pub struct CudaFunction {
     kernel: *const c_void,
     name: String,
 }
+
+// SAFETY: an address of code.
+unsafe impl Send for CudaFunction {}
+// SAFETY: as above.
+unsafe impl Sync for CudaFunction {}
 
 impl CudaFunction {
     pub fn occupancy_max_active_blocks_per_multiprocessor(
@@ -267,6 +272,11 @@ pub struct CudaSlice<T> {
     context: Arc<CudaContext>,
 }
 
+// SAFETY: it owns its numbers; kernels run one at a time.
+unsafe impl<T: Send> Send for CudaSlice<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for CudaSlice<T> {}
+
 impl<T> CudaSlice<T> {
     fn layout(len: usize) -> Layout {
         let bytes = len * size_of::<T>() + ALIGN + MARGIN;
@@ -313,7 +323,7 @@ impl<T> Drop for CudaSlice<T> {
 impl<T> CudaSlice<T> {
     pub fn try_slice(&self, range: std::ops::Range<usize>) -> Option<CudaView<'_, T>> {
         let inside = range.start <= range.end && range.end <= self.len;
-        inside.then(|| CudaView { slice: self, range })
+        inside.then_some(CudaView { slice: self, range })
     }
 }
 
@@ -394,7 +404,7 @@ impl LaunchArgs<'_> {
         let launch = context.symbol("shim_launch")?;
         // SAFETY: runtime.cpp says so.
         let launch: Launch = unsafe { std::mem::transmute(launch) };
-        context.seed.set(context.seed.get().wrapping_add(1));
+        let seed = context.seed.fetch_add(1, Ordering::Relaxed);
         let ((x, y, z), (u, v, w)) = (config.grid_dim, config.block_dim);
         let mut message = [0u8; 2048];
         // SAFETY: the caller's promise.
@@ -405,7 +415,7 @@ impl LaunchArgs<'_> {
                 [x, y, z].as_ptr(),
                 [u, v, w].as_ptr(),
                 config.shared_mem_bytes,
-                context.seed.get(),
+                seed,
                 message.as_mut_ptr().cast(),
                 message.len(),
             )

@@ -27,30 +27,30 @@ pub fn kernels(arch: u32, without: &[&str], edits: &[Edit<'_>], seed: u64) -> Re
     Kernels::new(&context.new_stream()?)
 }
 
-fn agree(arch: u32, dtypes: &[Dtype], seed: u64) {
+fn agree(arch: u32, short: bool, dtypes: &[Dtype], seed: u64) {
     let kernels = kernels(arch, &[], &[], seed).expect("compiles");
-    conformance::judge(&kernels, false, dtypes).expect("the kernels agree with the scalar code");
+    conformance::judge(&kernels, short, dtypes).expect("the kernels agree with the scalar code");
 }
 
 #[test]
 fn agree_copies_by_threads() {
-    agree(THREADS_COPY, &[Dtype::F16, Dtype::F32], 1);
+    agree(THREADS_COPY, true, &[Dtype::F16, Dtype::F32], 1);
 }
 
 #[test]
 fn agree_copies_by_the_engine() {
-    agree(ENGINE_COPIES, &[Dtype::F16, Dtype::Bf16], 2);
+    agree(ENGINE_COPIES, true, &[Dtype::F16, Dtype::Bf16], 2);
 }
 
-/// `OTT_SHIM_SEEDS` (3) orders of threads, all types.
+/// All cases and types, in `OTT_SHIM_SEEDS` (1) orders of threads.
 #[test]
 #[ignore = "minutes"]
-fn agree_in_many_orders() {
+fn agree_everywhere() {
     let seeds = std::env::var("OTT_SHIM_SEEDS").ok();
-    let seeds = seeds.and_then(|s| s.parse().ok()).unwrap_or(3);
+    let seeds = seeds.and_then(|s| s.parse().ok()).unwrap_or(1);
     for seed in 10..10 + seeds {
         for arch in [THREADS_COPY, ENGINE_COPIES] {
-            agree(arch, &[Dtype::F16, Dtype::Bf16, Dtype::F32], seed);
+            agree(arch, false, &[Dtype::F16, Dtype::Bf16, Dtype::F32], seed);
         }
     }
 }
@@ -72,17 +72,9 @@ fn watched() {
 fn addresses_are_inside() {
     let (good, words) = watch(Watch::Addresses, "kernels::watched", None);
     assert!(good, "{words}");
-    for (fault, name) in [
-        ("beyond_an_address", "global-buffer-overflow"),
-        ("beyond_the_output", "heap-buffer-overflow"),
-    ] {
-        let (good, words) = watch(
-            Watch::Addresses,
-            "detectors::fault_of_the_environment",
-            Some(fault),
-        );
-        assert!(!good && words.contains(name), "{fault}: {words}");
-    }
+    let test = "detectors::fault_of_the_environment";
+    let (good, words) = watch(Watch::Addresses, test, Some("beyond_an_address"));
+    assert!(!good && words.contains("global-buffer-overflow"), "{words}");
 }
 
 #[test]
@@ -127,9 +119,10 @@ fn watch(watch: Watch, test: &str, fault: Option<&str>) -> (bool, String) {
         .env("LD_PRELOAD", sanitizer)
         .env("OTT_SHIM", watch.name());
     // The Rust side keeps what it loaded until the end.
-    command
-        .env("ASAN_OPTIONS", "detect_leaks=0")
-        .env("TSAN_OPTIONS", "halt_on_error=1");
+    command.env("ASAN_OPTIONS", "detect_leaks=0").env(
+        "TSAN_OPTIONS",
+        "halt_on_error=1:ignore_noninstrumented_modules=1",
+    );
     command.envs(fault.map(|fault| ("OTT_SHIM_FAULT", fault)));
     let output = command.output().expect("starts");
     let words = [output.stdout, output.stderr].concat();

@@ -75,9 +75,13 @@ const FAULTS: [Fault; 14] = [
         edit: ("rotate.cuh", "            __syncthreads();\n#pragma unroll\n            for (int i = 0; i < N; ++i) shared[", "#pragma unroll\n            for (int i = 0; i < N; ++i) shared["),
     },
     Fault {
-        name: "a trace's padding is left as it was",
+        name: "padding behind boosted channels is left as it was",
         part: SEAL,
-        edit: ("seal.cu", "page[5 * n + 1 + t] = 0;", ";"),
+        edit: (
+            "seal.cu",
+            "i < layout.head_bytes; i += BOOSTERS) group.page[i] = 0;",
+            "i < layout.head_bytes; i += BOOSTERS) {}",
+        ),
     },
     Fault {
         name: "high bits in the wrong plane",

@@ -98,20 +98,50 @@ fn add_planes<const PLANES: usize>(strip: &Strip<'_>, x: Numbers<'_>, out: &mut 
             out.of(n + i, strip).iter_mut().for_each(|o| *o += base);
         }
         for at in (0..strip.columns / PLANES).step_by(8) {
-            match count {
-                1 => dot::<PLANES, 1>(strip, at, &factors, n, out),
-                _ => dot::<PLANES, 2>(strip, at, &factors, n, out),
+            let last = strip.rows.saturating_sub(1) * strip.stride + at;
+            if strip.codes.len() < last + 8 {
+                let bytes = |r: usize| {
+                    let eight = eight(strip.codes, r * strip.stride + at);
+                    _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight))
+                };
+                dots::<PLANES>(strip, at, bytes, &factors, (n, count), out);
+            } else {
+                let bytes = |r: usize| {
+                    debug_assert!(r < strip.rows);
+                    // SAFETY: 8 bytes from the start of a row, whose last one was just seen to have them.
+                    unsafe {
+                        let eight = strip.codes.as_ptr().add(r * strip.stride + at);
+                        _mm256_cvtepu8_epi32(_mm_loadl_epi64(eight.cast()))
+                    }
+                };
+                dots::<PLANES>(strip, at, bytes, &factors, (n, count), out);
             }
         }
         n += count;
     }
 }
 
-/// Byte columns `at..at + 8`, or fewer at the end of a row, for queries `n..n + N`.
+/// Byte columns `at..at + 8`, for `count` queries from `n` on; `bytes(r)` are those of row `r`.
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dots<const PLANES: usize>(
+    strip: &Strip<'_>,
+    at: usize,
+    bytes: impl Fn(usize) -> __m256i,
+    factors: &[[f32; ROWS]; QUERIES],
+    (n, count): (usize, usize),
+    out: &mut Sums<'_>,
+) {
+    match count {
+        1 => dot::<PLANES, 1>(strip, at, bytes, factors, n, out),
+        _ => dot::<PLANES, 2>(strip, at, bytes, factors, n, out),
+    }
+}
+
 #[target_feature(enable = "avx2,fma,f16c")]
 fn dot<const PLANES: usize, const N: usize>(
     strip: &Strip<'_>,
     at: usize,
+    bytes: impl Fn(usize) -> __m256i,
     factors: &[[f32; ROWS]; QUERIES],
     n: usize,
     out: &mut Sums<'_>,
@@ -122,9 +152,8 @@ fn dot<const PLANES: usize, const N: usize>(
     };
     let mask = _mm256_set1_epi32((1 << (8 / PLANES)) - 1);
     let mut sums = [[_mm256_setzero_ps(); PLANES]; N];
-    for r in 0..strip.rows {
-        let bytes = eight(strip.codes, r * strip.stride + at);
-        let bytes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
+    for r in 0..strip.rows.min(ROWS) {
+        let bytes = bytes(r);
         for p in 0..PLANES {
             let shift = _mm256_set1_epi32((p * 8 / PLANES) as i32);
             let shifted = _mm256_srlv_epi32(bytes, shift);

@@ -5,7 +5,7 @@
 //! an instruction set needs one kernel for both.
 
 use super::{Keys, Values};
-use crate::layout::{u16_at, V_GROUP};
+use crate::layout::V_GROUP;
 use crate::pack::packed_len;
 
 /// Most rows of a strip.
@@ -131,13 +131,21 @@ fn sum_high(
     let worth = f32::from(1u16 << keys.bits);
     let mut x = [0f32; HIGH_ROWS * HIGH_QUERIES];
     let mut scale = [0u8; 2 * HIGH_ROWS];
-    for r in 0..rows {
-        let c = usize::from(u16_at(keys.boosted, start + r));
-        if c < q.stride {
-            scale[2 * r..2 * r + 2].copy_from_slice(&keys.scale[2 * c..2 * c + 2]);
-            for n in 0..queries {
-                x[n * rows + r] = worth * q.x[(first + n) * q.stride + c];
-            }
+    let channels = keys.boosted.as_chunks::<2>().0[start..][..rows].iter();
+    let channels = channels.map(|c| usize::from(u16::from_le_bytes(*c)));
+    let scales = keys.scale.as_chunks::<2>().0;
+    for (scale, c) in scale
+        .as_chunks_mut::<2>()
+        .0
+        .iter_mut()
+        .zip(channels.clone())
+    {
+        *scale = scales.get(c).copied().unwrap_or_default();
+    }
+    let numbers = q.x.chunks_exact(q.stride).skip(first);
+    for (x, q) in x.chunks_exact_mut(rows).take(queries).zip(numbers) {
+        for (x, c) in x.iter_mut().zip(channels.clone()) {
+            *x = worth * q.get(c).copied().unwrap_or_default();
         }
     }
     let stride = packed_len(keys.tokens, 1);

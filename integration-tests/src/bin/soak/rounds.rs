@@ -43,9 +43,9 @@ pub const BACKENDS: [Round; 5] = [
         hits: true,
         judged_tokens: 31,
     },
-    // Twenty steps fail in a row, in the midst of the storm.
+    // Two steps of each hundred fail, once the storm has begun.
     Round {
-        cache: Some("toy-faulty:fail_layer=2,fail_after_steps=1000,fail_times=20"),
+        cache: Some("toy-faulty:fail_layer=2,fail_after_steps=600,fail_times=2,fail_every=100"),
         pool: [640, 320],
         hits: true,
         judged_tokens: usize::MAX,
