@@ -3,6 +3,7 @@
 pub mod bed;
 pub mod engine;
 pub mod model;
+pub mod plot;
 pub mod report;
 pub mod request;
 pub mod server;

@@ -29,17 +29,14 @@ impl<'a> PageHead<'a> {
 
     /// Key channels with one more bit: each channel, what the bit is worth, and the bits.
     fn high_bits(&self) -> impl Iterator<Item = (usize, f32, &'a [u8])> + 'a {
-        let (layout, bytes) = (self.layout, self.bytes);
-        let size = packed_len(layout.group_size, 1);
-        // Boosted codes have 5 bits at most.
-        let worth = f32::from(1u8 << layout.k_bits.min(4));
-        let planes = bytes[layout.k_high.clone()].chunks_exact(size);
+        let (keys, k_dim) = (self.keys(), self.layout.k_dim);
+        let planes = keys.high.chunks_exact(packed_len(keys.tokens, 1));
         planes.enumerate().filter_map(move |(i, plane)| {
-            let c = usize::from(u16_at(&bytes[layout.k_boosted.clone()], i));
+            let c = usize::from(u16_at(keys.boosted, i));
             // What no seal has written names any channel.
-            let c = Some(c).filter(|c| *c < layout.k_dim)?;
-            let scale = f16_at(&bytes[layout.k_scale.clone()], c).to_f32();
-            Some((c, worth * scale, plane))
+            let c = Some(c).filter(|c| *c < k_dim)?;
+            let scale = f16_at(keys.scale, c).to_f32();
+            Some((c, keys.high_worth() * scale, plane))
         })
     }
 

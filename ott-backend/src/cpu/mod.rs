@@ -50,6 +50,13 @@ pub struct Keys<'a> {
     pub high: &'a [u8],
 }
 
+impl Keys<'_> {
+    /// What one of the high bits adds to its code.
+    pub(crate) fn high_worth(&self) -> f32 {
+        f32::from(1u16 << self.bits)
+    }
+}
+
 /// Quantized values of one head in one page.
 #[derive(Clone, Copy, Debug)]
 pub struct Values<'a> {

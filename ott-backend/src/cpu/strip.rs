@@ -128,7 +128,7 @@ fn sum_high(
 ) {
     let rows = HIGH_ROWS.min(keys.boosted.len() / 2 - start);
     let queries = HIGH_QUERIES.min(q.len() - first);
-    let worth = f32::from(1u16 << keys.bits);
+    let worth = keys.high_worth();
     let mut x = [0f32; HIGH_ROWS * HIGH_QUERIES];
     let mut scale = [0u8; 2 * HIGH_ROWS];
     let channels = keys.boosted.as_chunks::<2>().0[start..][..rows].iter();

@@ -1,16 +1,17 @@
 //! Tokens per second of a real model in the real engine, at depth.
 //!
-//! The host times both halves of each request itself. Ours finds a prompt in its prefix cache when it comes again;
-//! upstream's cache on the CPU reads it anew, which is why deep runs take their time.
+//! The host times the answers itself; what a request took beside them is its prompt. Ours finds a prompt in its prefix
+//! cache when it comes again; upstream's cache on the CPU reads it anew, which is why deep runs take their time. So the
+//! first request of each cache measures both halves.
 
 use std::path::Path;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{ensure, Result};
 use integration_tests::engine::{prompt, Engine, Setup};
+use integration_tests::plot::{Axis, Plot};
+use integration_tests::report::{Samples, Table};
 use integration_tests::request::completion;
 use serde_json::{json, Value};
-
-use integration_tests::report::{Samples, Table};
 
 /// What to measure.
 pub struct Runs<'a> {
@@ -25,23 +26,34 @@ pub struct Runs<'a> {
 /// One cache at one depth.
 struct Lane {
     name: String,
-    engine: Engine,
     /// Seconds.
     prefill: f64,
     peak_mib: f64,
     decode: Samples,
 }
 
+/// All caches at one depth, as many sequences at once; the host's own first.
+pub struct Point {
+    depth: usize,
+    batch: usize,
+    lanes: Vec<Lane>,
+}
+
 /// Measure all depths and batches.
-pub async fn run(runs: &Runs<'_>) -> Result<Table> {
-    let mut rows = Vec::new();
+pub async fn run(runs: &Runs<'_>) -> Result<Vec<Point>> {
+    let mut points = Vec::new();
     for &depth in runs.depths {
         for &batch in runs.batches {
             eprintln!("engine: depth {depth}, {batch} at once");
-            rows.extend(measure(runs, depth, batch).await?);
+            points.push(measure(runs, depth, batch).await?);
         }
     }
-    Ok(Table {
+    Ok(points)
+}
+
+/// What was measured, and on what.
+pub fn table(runs: &Runs<'_>, points: &[Point]) -> Table {
+    Table {
         title: format!(
             "Through the engine, {}: tokens per second of all sequences together, median of {} measurements of \
              {} tokens (slowest to fastest), caches interleaved; peak is the process's resident memory above \
@@ -54,13 +66,61 @@ pub async fn run(runs: &Runs<'_>) -> Result<Table> {
             "depth", "batch", "cache", "prefill tok/s", "prefill ratio", "decode tok/s", "slowest", "fastest", "decode ratio",
             "peak MiB",
         ],
-        rows,
-    })
+        rows: points.iter().flat_map(Point::rows).collect(),
+    }
 }
 
-async fn measure(runs: &Runs<'_>, depth: usize, batch: usize) -> Result<Vec<Vec<Value>>> {
+/// Decoded tokens per second against depth.
+pub fn plot(points: &[Point]) -> String {
+    let deepest = points.iter().map(|p| p.depth).max().unwrap_or(1);
+    let lanes = || {
+        points
+            .iter()
+            .flat_map(|p| p.lanes.iter().map(move |l| (p, l)))
+    };
+    let rates = lanes().map(|(_, lane)| lane.decode.median());
+    let y = Axis::decades(rates, "tokens per second of all sequences".to_owned());
+    let mut plot = Plot::new(Axis::linear(deepest as f64, "tokens before"), y);
+    let mut lines: Vec<(String, Vec<(f64, f64)>)> = Vec::new();
+    for (point, lane) in lanes() {
+        let name = format!("{}, {} at once", lane.name, point.batch);
+        let at = (point.depth as f64, lane.decode.median());
+        match lines.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, line)) => line.push(at),
+            None => lines.push((name, vec![at])),
+        }
+    }
+    for (name, line) in &lines {
+        plot.line(name, line);
+    }
+    plot.finish()
+}
+
+impl Point {
+    fn rows(&self) -> impl Iterator<Item = Vec<Value>> + '_ {
+        let base = &self.lanes[0];
+        self.lanes.iter().map(|lane| {
+            let (slow, fast) = lane.decode.range();
+            vec![
+                json!(self.depth),
+                json!(self.batch),
+                json!(lane.name),
+                json!((self.batch * self.depth) as f64 / lane.prefill),
+                json!(base.prefill / lane.prefill),
+                json!(lane.decode.median()),
+                json!(slow),
+                json!(fast),
+                json!(lane.decode.median() / base.decode.median()),
+                json!(lane.peak_mib),
+            ]
+        })
+    }
+}
+
+async fn measure(runs: &Runs<'_>, depth: usize, batch: usize) -> Result<Point> {
     let prompts: Vec<Vec<u32>> = (0..batch).map(|i| prompt(depth, i as u32 + 1)).collect();
     let mut lanes = Vec::new();
+    let mut engines = Vec::new();
     for spec in std::iter::once(None).chain(runs.specs.iter().map(Some)) {
         let setup = Setup {
             kv_cache: spec.cloned(),
@@ -71,59 +131,46 @@ async fn measure(runs: &Runs<'_>, depth: usize, batch: usize) -> Result<Vec<Vec<
         };
         let engine = Engine::load(runs.model, &setup).await?;
         let before = reset_peak();
-        let start = std::time::Instant::now();
-        ask(&engine, &prompts, 1).await?;
+        let (prefill, decode) = ask(&engine, &prompts, runs.tokens).await?;
         lanes.push(Lane {
             name: spec.map_or("upstream f16".to_owned(), Clone::clone),
-            engine,
-            prefill: start.elapsed().as_secs_f64(),
+            prefill,
             peak_mib: peak() - before,
-            decode: Samples::default(),
+            decode: Samples(vec![decode]),
         });
+        engines.push(engine);
     }
-    for _ in 0..runs.repeats {
-        for lane in &mut lanes {
-            lane.decode
-                .0
-                .push(ask(&lane.engine, &prompts, 1 + runs.tokens).await?);
+    for _ in 1..runs.repeats {
+        for (lane, engine) in lanes.iter_mut().zip(&engines) {
+            let (_, decode) = ask(engine, &prompts, runs.tokens).await?;
+            lane.decode.0.push(decode);
         }
     }
-    let first = lanes.first().context("the host's own cache comes first")?;
-    let base = (first.prefill, first.decode.median());
-    let rows = lanes.iter().map(|lane| {
-        let prefill = lane.prefill;
-        let (slow, fast) = lane.decode.range();
-        vec![
-            json!(depth),
-            json!(batch),
-            json!(lane.name),
-            json!((batch * depth) as f64 / prefill),
-            json!(base.0 / prefill),
-            json!(lane.decode.median()),
-            json!(slow),
-            json!(fast),
-            json!(lane.decode.median() / base.1),
-            json!(lane.peak_mib),
-        ]
-    });
-    Ok(rows.collect())
+    Ok(Point {
+        depth,
+        batch,
+        lanes,
+    })
 }
 
-/// Answer all prompts at once; tokens per second of all answers together, after their first tokens.
-async fn ask(engine: &Engine, prompts: &[Vec<u32>], tokens: usize) -> Result<f64> {
-    let one = |prompt: &Vec<u32>| completion(engine.runner(), prompt.clone(), tokens);
+/// Answer all prompts at once: seconds until all have their first token, and then tokens per second of all together.
+async fn ask(engine: &Engine, prompts: &[Vec<u32>], tokens: usize) -> Result<(f64, f64)> {
+    let start = std::time::Instant::now();
+    let one = |prompt: &Vec<u32>| completion(engine.runner(), prompt.clone(), 1 + tokens);
     let answers = futures::future::try_join_all(prompts.iter().map(one)).await?;
+    let total = start.elapsed().as_secs_f64();
+    let mut decode = total;
     for answer in &answers {
         let found = answer.usage.completion_tokens;
         ensure!(
-            found == tokens,
-            "an answer has {found} tokens, not {tokens}"
+            found == 1 + tokens,
+            "an answer has {found} tokens, not {}",
+            1 + tokens
         );
+        // The prompt that was read last has the shortest time of its own; the others waited for it.
+        decode = decode.min(f64::from(answer.usage.total_completion_time_sec));
     }
-    let rates = answers
-        .iter()
-        .map(|a| f64::from(a.usage.avg_compl_tok_per_sec));
-    Ok(rates.sum())
+    Ok((total - decode, (prompts.len() * tokens) as f64 / decode))
 }
 
 /// Forget the peak of resident memory; what is resident now, in MiB. 0 where the system does not tell.

@@ -42,7 +42,7 @@ struct Args {
     /// A run of seconds, to see that everything works.
     #[arg(long)]
     quick: bool,
-    /// Where bench-kv.json and bench-kv.md are written; nowhere by default.
+    /// Where bench-kv.json, bench-kv.md and bench-kv.svg are written; nowhere by default.
     #[arg(long)]
     out: Option<PathBuf>,
 }
@@ -72,8 +72,12 @@ fn main() -> Result<()> {
             tokens: args.tokens,
             repeats: args.repeats,
         };
-        let table = tokio::runtime::Runtime::new()?.block_on(engine::run(&runs))?;
-        report.print("engine", &table);
+        let points = tokio::runtime::Runtime::new()?.block_on(engine::run(&runs))?;
+        report.print("engine", &engine::table(&runs, &points));
+        if let Some(folder) = &args.out {
+            std::fs::create_dir_all(folder)?;
+            std::fs::write(folder.join("bench-kv.svg"), engine::plot(&points))?;
+        }
     }
     match &args.out {
         Some(folder) => report.write(folder, "bench-kv"),
