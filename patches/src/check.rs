@@ -12,10 +12,11 @@ use crate::registry::remove_dir;
 use crate::series::{self, PRISTINE};
 
 /// Lines added to files that upstream has. New files are free: a call site is what hurts at the next update.
-/// The last 34 of them count hits, evictions and preemptions where the host knows them.
-const ADDED_BUDGET: usize = 714;
+/// The last 48 of them count hits, evictions and preemptions where the host knows them, and keep the error of one
+/// sequence from the others of its batch.
+const ADDED_BUDGET: usize = 728;
 /// Files of upstream's that are changed.
-const FILES_BUDGET: usize = 46;
+const FILES_BUDGET: usize = 47;
 /// The one place in the host that may say our name: where the command line registers our backend.
 const REGISTRATION: &str = "mistralrs-cli/src/";
 const REGISTRATION_LINES: usize = 3;

@@ -1,5 +1,7 @@
 //! An error belongs to who caused it: whoever runs beside it is answered as if alone.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result};
 use integration_tests::bed::at_rest;
 use integration_tests::model::smollm2;
@@ -11,6 +13,54 @@ use crate::alone;
 fn chat(content: &str, max_tokens: usize) -> Value {
     json!({"model": "default", "temperature": 0.0, "max_tokens": max_tokens,
            "messages": [{"role": "user", "content": content}]})
+}
+
+fn text(done: &Value) -> Result<String> {
+    let text = done["choices"][0]["message"]["content"].as_str();
+    Ok(text.with_context(|| done.to_string())?.to_owned())
+}
+
+/// A model that must call a tool and does not: its request ends with an error, those of its batch do not.
+#[test]
+fn a_tool_that_is_not_called() -> Result<()> {
+    let _alone = alone();
+    let options = [
+        "--kv-cache",
+        "ott",
+        "--pa-context-len",
+        "2048",
+        "--max-seqs",
+        "6",
+    ];
+    let server = Server::start(&smollm2()?, &options)?;
+    let tool = json!({"type": "function", "function": {"name": "weather", "description": "Of a city",
+                      "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}});
+    let mut stubborn = chat("Say hello.", 4);
+    stubborn["tools"] = json!([tool]);
+    stubborn["tool_choice"] = json!({"type": "function", "function": {"name": "weather"}});
+    let honest = chat("Count from one to twenty in words.", 48);
+    let expected = text(&server.post("/v1/chat/completions", &honest)?)?;
+    std::thread::scope(|scope| -> Result<()> {
+        let (server, honest) = (&server, &honest);
+        let ask = move || server.post_any("/v1/chat/completions", honest);
+        let clients: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+        // In the middle of their answers.
+        std::thread::sleep(Duration::from_millis(500));
+        let (status, error) = server.post_any("/v1/chat/completions", &stubborn)?;
+        assert!(status >= 400, "{error}");
+        assert!(
+            error.to_string().contains("no tools were called"),
+            "{error}"
+        );
+        for client in clients {
+            let (status, done) = client.join().expect("no client panics")?;
+            assert_eq!(status, 200, "{done}");
+            assert_eq!(text(&done)?, expected);
+        }
+        Ok(())
+    })?;
+    at_rest(&server)?;
+    Ok(())
 }
 
 /// A backend that panics, in a prompt, in the middle of a pass or at its beginning: the server lives, tells who was
