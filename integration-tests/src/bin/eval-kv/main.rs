@@ -98,7 +98,7 @@ fn main() -> Result<()> {
     let mut args = Args::parse();
     if args.quick {
         args.tokens = vec![320];
-        args.specs = ["host", "ott", "ott:bits=4"].map(String::from).to_vec();
+        args.specs = ["f16", "ott", "ott:bits=4"].map(String::from).to_vec();
     }
     let model = args
         .model
