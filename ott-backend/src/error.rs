@@ -177,8 +177,6 @@ pub enum Error {
         /// In the driver's words.
         what: Box<str>,
     },
-    /// Options that the kernels do not know.
-    NotOnCuda,
     /// Layers on several devices.
     Split,
     /// A device that no implementation serves.
@@ -339,11 +337,6 @@ impl Error {
             Self::DecodedTokens { seq, new } => write!(
                 f,
                 "sequence {seq} decodes {new} tokens in a step; on CUDA the ott cache takes one"
-            ),
-            Self::NotOnCuda => write!(
-                f,
-                "on CUDA the ott cache gives one more bit to key channels of 2 bits only: add `boost=0` to the options, \
-                 or run with --cpu"
             ),
             Self::Cuda { what } => write!(f, "the ott cache on CUDA: {what}"),
             Self::Split => write!(

@@ -79,7 +79,7 @@ impl OttProvider {
     ) -> Result<Arc<cuda::CudaBackend>> {
         let config = OttConfig::parse(&shape.options)?;
         let specs = specs(&config, shape)?;
-        let memory = cuda::memory(&config, &specs, shape)?;
+        let memory = cuda::memory(&specs, shape)?;
         let report = report(&config, &specs, shape, num_blocks, memory);
         let page_bits = report.page_bits;
         let cache = cuda::CudaCache::new(&specs, shape, num_blocks, device)?;
@@ -139,7 +139,7 @@ impl KvBackendProvider for OttProvider {
         let specs = specs(&config, shape)?;
         #[cfg(feature = "cuda")]
         if gpu(shape).is_some() {
-            return Ok(cuda::memory(&config, &specs, shape)?);
+            return Ok(cuda::memory(&specs, shape)?);
         }
         Ok(match shape.dtype {
             DType::F16 => cpu_memory::<f16>(&specs, shape),

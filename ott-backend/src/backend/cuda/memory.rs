@@ -7,7 +7,7 @@ use ott_kernels::shape::LayerShape;
 
 use super::tensor::kernel_dtype;
 use crate::cache::LayerSpec;
-use crate::config::{Clip, OttConfig, Rotation};
+use crate::config::{Clip, Rotation};
 use crate::error::{Error, Result};
 
 /// Words of a row in a step's tables, and of all paddings between them.
@@ -80,11 +80,8 @@ fn lanes_of(shape: &KvShape) -> Vec<usize> {
 /// Bytes of a pool for these layers.
 ///
 /// # Errors
-/// If the kernels do not serve the options or the dtype.
-pub fn memory(config: &OttConfig, specs: &[LayerSpec], shape: &KvShape) -> Result<KvMemory> {
-    if config.boost > 0 && config.k_bits != 2 {
-        return Err(Error::NotOnCuda);
-    }
+/// If the kernels do not serve the dtype.
+pub fn memory(specs: &[LayerSpec], shape: &KvShape) -> Result<KvMemory> {
     let dtype = kernel_dtype(shape.dtype).ok_or(Error::Dtype {
         dtype: shape.dtype.as_str(),
     })?;
