@@ -9,6 +9,7 @@ constexpr int LANES = 16;
 constexpr int MAX_GROUP = 128;
 constexpr int MAX_POOL = 16;
 constexpr int CLIP_STEPS = 7;
+constexpr uint32_t CLIP_BOTH = 2;
 constexpr int MAX_DIM = 1024;
 
 __device__ constexpr int align_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -153,9 +154,40 @@ __device__ float lane_error(const float (&x)[N], uint32_t traced, int count, Aff
     return sum;
 }
 
+// How codes are read back (ott-backend/src/quantize.rs, `Spread`).
+enum class Spread { AS_SEARCHED, VARIANCE, GAIN };
+
+// Scale and min that read codes back with the mean and the spread of their numbers.
+template <int N>
+__device__ Affine stretched(const float (&x)[N], const float (&code)[N], uint32_t traced, int count, Affine a,
+                            Spread spread) {
+    const auto sum = [&](auto term) {
+        float lane = 0.0f;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (i >= count) break;
+            const float weight = traced >> i & 1 ? 0.0f : 1.0f;
+            lane += weight * term(i);
+        }
+        return lane_sum(lane);
+    };
+    const float n = sum([&](int) { return 1.0f; });
+    const float x_mean = __fdiv_rn(sum([&](int i) { return x[i]; }), n);
+    const float code_mean = __fdiv_rn(sum([&](int i) { return code[i]; }), n);
+    const float xx = sum([&](int i) { return (x[i] - x_mean) * (x[i] - x_mean); });
+    const float cc = sum([&](int i) { return (code[i] - code_mean) * (code[i] - code_mean); });
+    const float xc = sum([&](int i) { return (x[i] - x_mean) * (code[i] - code_mean); });
+    const __half scale =
+        __float2half_rn(spread == Spread::VARIANCE ? __fsqrt_rn(__fdiv_rn(xx, cc)) : __fdiv_rn(xx, xc));
+    const float step = __half2float(scale);
+    const __half min = __float2half_rn(x_mean - step * code_mean + 0.0f);
+    const bool held = isfinite(step) && step > 0.0f && isfinite(__half2float(min));
+    return held ? Affine{scale, min} : a;
+}
+
 // One group by a half warp: lane `i` holds numbers i, i + 16, ... Writes codes, returns scale and min.
 __device__ Affine quantize_group(const float (&x)[MAX_GROUP / LANES], uint32_t traced, int n, int lane, int bits,
-                                 bool clip, uint8_t* codes, uint32_t* status) {
+                                 bool clip, Spread spread, uint8_t* codes, uint32_t* status) {
     const float levels = static_cast<float>((1 << bits) - 1);
     const int count = (n - lane + LANES - 1) / LANES;
     float low = INFINITY, high = -INFINITY;
@@ -188,13 +220,14 @@ __device__ Affine quantize_group(const float (&x)[MAX_GROUP / LANES], uint32_t t
             }
     }
     const float scale = __half2float(best.scale), min = __half2float(best.min);
+    float code[MAX_GROUP / LANES] = {};
 #pragma unroll
     for (int i = 0; i < MAX_GROUP / LANES; ++i) {
         if (i >= count) break;
-        codes[lane + i * LANES] =
-            scale == 0.0f ? 0 : static_cast<uint8_t>(code_of(x[i], scale, min, levels));
+        code[i] = scale == 0.0f ? 0.0f : code_of(x[i], scale, min, levels);
+        codes[lane + i * LANES] = static_cast<uint8_t>(code[i]);
     }
-    return best;
+    return spread == Spread::AS_SEARCHED ? best : stretched(x, code, traced, count, best, spread);
 }
 
 // What replaces channel `c` of the traced tokens: the mean of the others, in order, within their range.
@@ -265,7 +298,8 @@ struct Group {
 #pragma unroll
             for (int i = 0; i < MAX_GROUP / LANES; ++i) x[i] = mask >> i & 1 ? mean : x[i];
         }
-        const Affine a = quantize_group(x, mask, l.group, lane, bits, l.clip != 0, codes, l.status);
+        const Spread spread = l.clip == CLIP_BOTH ? Spread::VARIANCE : Spread::AS_SEARCHED;
+        const Affine a = quantize_group(x, mask, l.group, lane, bits, l.clip != 0, spread, codes, l.status);
         __syncwarp();
         const int bytes = packed_len(l.group, l.k_bits);
         for (int j = lane; j < bytes; j += LANES)
@@ -307,7 +341,9 @@ __device__ void quantize(const Layer& l, const Row* rows, const uint32_t* tables
                                             [&](int u) { return to_float(group.token(u).v[c]); })
                            : to_float(group.token(t).v[c]);
             }
-            const Affine a = quantize_group(x, 0, width, lane, l.v_bits, false, mine, l.status);
+            const Spread spread = l.clip == CLIP_BOTH ? Spread::GAIN : Spread::AS_SEARCHED;
+            const Affine a =
+                quantize_group(x, 0, width, lane, l.v_bits, l.clip == CLIP_BOTH, spread, mine, l.status);
             __syncwarp();
             uint8_t* packed = group.page + layout.v_codes + t * token_bytes + packed_len(from, l.v_bits);
             for (int j = lane; j < packed_len(width, l.v_bits); j += LANES)

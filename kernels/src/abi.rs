@@ -79,7 +79,7 @@ pub struct Layer {
     pub outliers: u32,
     /// Places of the extra store.
     pub extra: u32,
-    /// Whether key ranges are searched.
+    /// Ranges that are searched: 0 none, 1 the keys', 2 the values' too, and what is read back is stretched.
     pub clip: u32,
     /// Key channels with one more bit.
     pub boosted: u32,

@@ -587,7 +587,7 @@ impl DeviceLayer {
             v_bits: shape.v_bits.into(),
             outliers: shape.outliers as u32,
             extra: shape.extra as u32,
-            clip: shape.clip.into(),
+            clip: shape.clip,
             boosted: shape.boosted as u32,
             rotate: shape.rotate.into(),
         }

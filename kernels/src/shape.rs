@@ -23,8 +23,8 @@ pub struct LayerShape {
     pub outliers: usize,
     /// Places of the extra store.
     pub extra: usize,
-    /// Whether key ranges are searched.
-    pub clip: bool,
+    /// Ranges that are searched: 0 none, 1 the keys', 2 the values' too, and what is read back is stretched.
+    pub clip: u32,
     /// M: key channels with one more bit.
     pub boosted: usize,
     /// Whether values are kept in another basis.

@@ -9,9 +9,12 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Clip {
     /// Ranges reach from the group's min to its max (the paper).
-    None,
-    /// Keys only: the largest gain in quality that costs no bytes. Clipping values hurts.
-    Keys,
+    None = 0,
+    /// Keys only: the largest gain in quality that costs no bytes.
+    Keys = 1,
+    /// Keys and values, and what is read back is stretched to the spread that was stored: the nearest
+    /// codes lie closer together than the numbers did, which flattens attention and shrinks its answer.
+    Both = 2,
 }
 
 /// What is rotated before it is stored.
@@ -52,8 +55,8 @@ pub struct OttConfig {
 }
 
 impl Default for OttConfig {
-    /// What measures best at 2.5 page bits at most (docs/quality.md): the paper with clipped key
-    /// ranges, rotated values, and a third bit for three sixteenths of the key channels.
+    /// What measures best at 2.5 page bits at most (docs/quality.md): the paper with clipped ranges,
+    /// rotated values, and a third bit for three sixteenths of the key channels.
     fn default() -> Self {
         Self::two_bits()
     }
@@ -62,7 +65,7 @@ impl Default for OttConfig {
 impl OttConfig {
     const fn two_bits() -> Self {
         Self {
-            clip: Clip::Keys,
+            clip: Clip::Both,
             rotation: Rotation::Values,
             boost: 12,
             ..Self::paper()
@@ -254,7 +257,8 @@ impl OttConfig {
                 self.clip = match value {
                     "none" => Clip::None,
                     "k" => Clip::Keys,
-                    _ => return Err(bad(name, value, "none or k")),
+                    "kv" => Clip::Both,
+                    _ => return Err(bad(name, value, "none, k or kv")),
                 }
             }
             "rotate" => {
@@ -317,6 +321,7 @@ impl fmt::Display for OttConfig {
         f.write_str(match self.clip {
             Clip::None => ",clip=none",
             Clip::Keys => ",clip=k",
+            Clip::Both => ",clip=kv",
         })?;
         f.write_str(match self.rotation {
             Rotation::None => ",rotate=none",
@@ -385,16 +390,16 @@ mod tests {
         .map(|options| format!("{options:18} -> {}", parsed(options)))
         .collect();
         insta::assert_snapshot!(table.join("\n"), @r#"
-                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
+                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,boost=12
         paper              -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
         kivi               -> k_bits=2,v_bits=2,group=128,residual=128,outliers=0,clip=none,rotate=none,boost=0
-        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
-        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
+        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v
+        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v
         kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
-        3bit               -> k_bits=3,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
-        4bit               -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=12
-        3bit,k_bits=4      -> k_bits=4,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v
-        bits=3,boost=8     -> k_bits=3,v_bits=3,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=k,rotate=v,boost=8
+        3bit               -> k_bits=3,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,boost=12
+        4bit               -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,boost=12
+        3bit,k_bits=4      -> k_bits=4,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v
+        bits=3,boost=8     -> k_bits=3,v_bits=3,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,boost=8
         "#);
     }
 
@@ -444,7 +449,7 @@ mod tests {
         kivi,group=64        -> a residual window of 128 tokens is longer than a group of 64: lower `residual` or raise `group`
         outliers=17          -> `outliers=17`: outliers takes 0 to 16
         extra=255            -> `extra=255`: extra takes 0 to 254
-        clip=v               -> `clip=v`: clip takes none or k
+        clip=v               -> `clip=v`: clip takes none, k or kv
         rotate=k             -> `rotate=k`: rotate takes none or v
         boost=33             -> `boost=33`: boost takes 0 to 32, and 0 with k_bits=8
         bits=8,boost=8       -> `boost` gives keys one more bit, and there is no ninth: leave it out, or set k_bits to 2, 3 or 4
@@ -452,6 +457,6 @@ mod tests {
         kivi,extra=8         -> without outliers nothing is traced: leave extra and exempt_layers out, or set outliers to 1 or more
         paper,               -> the ott cache has no option ``
         "#);
-        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none or k), rotate (none or v), boost (0 to 32, not with 8-bit keys), each once, as name=value, separated by commas)");
+        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none, k or kv), rotate (none or v), boost (0 to 32, not with 8-bit keys), each once, as name=value, separated by commas)");
     }
 }

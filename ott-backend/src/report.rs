@@ -111,6 +111,7 @@ impl fmt::Display for Report<'_> {
         let clip = match c.clip {
             Clip::None => "",
             Clip::Keys => ", key ranges clipped",
+            Clip::Both => ", ranges clipped",
         };
         let rotation = match c.rotation {
             Rotation::None => "",
@@ -215,7 +216,7 @@ mod tests {
             f16_token_bytes: 30 * 3 * 128 * 2,
         };
         insta::assert_snapshot!(report.to_string(), @r#"
-        OTT cache: keys at 2 bits, values at 2 (2.38 with scales), key ranges clipped, a third bit for 12 of 64 key channels, values rotated, in groups of 128 tokens
+        OTT cache: keys at 2 bits, values at 2 (2.38 with scales), ranges clipped, a third bit for 12 of 64 key channels, values rotated, in groups of 128 tokens
           in full precision: the newest 32 to 159 tokens, and per head at most 35 outlier tokens (3 at a time) from layer 2 on
           pool: 8192 tokens in 30.0 MiB; f16 would take 180.0 MiB, 6.00 times as much
           besides, at worst: 10.0 MiB for windows of 8 sequences and for traced tokens

@@ -247,7 +247,7 @@ proptest! {
     #[test]
     fn bytes_are_a_function_of_the_prefix(
         seed in 0u64..1000,
-        clip in prop::sample::select(vec!["none", "k"]),
+        clip in prop::sample::select(vec!["none", "k", "kv"]),
         chunks in vec(prop_oneof![1usize..5, 1usize..90], 1..14),
     ) {
         let options = format!("group=32,residual=32,outliers=2,extra=3,clip={clip}");

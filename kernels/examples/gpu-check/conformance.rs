@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use ott_backend::attention::{decode, Queries};
 use ott_backend::cache::{Cache, Element, LayerSpec, Row, Tokens};
 use ott_backend::rotate::rotate;
-use ott_backend::{Clip, CpuOps, OttConfig, PageLayout, Rotation};
+use ott_backend::{CpuOps, OttConfig, PageLayout, Rotation};
 use ott_kernels::abi::{self, Fresh, Layer, Query, PARTIAL};
 use ott_kernels::blocks::{Blocks, Step};
 use ott_kernels::plan::Plan;
@@ -67,7 +67,7 @@ const CASES: [Case; 22] = [
         steps: 3,
     },
     Case {
-        options: "boost=0",
+        options: "boost=0,clip=k",
         dim: 128,
         kv_heads: 2,
         ratio: 8,
@@ -449,7 +449,7 @@ pub fn shape(spec: &LayerSpec) -> LayerShape {
         v_bits: layout.v_bits,
         outliers: layout.outliers,
         extra: config.extra,
-        clip: config.clip == Clip::Keys,
+        clip: config.clip as u32,
         boosted: layout.boosted,
         rotate: config.rotation == Rotation::Values,
         head_bytes: layout.head_bytes,

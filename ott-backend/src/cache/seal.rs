@@ -9,7 +9,7 @@ use crate::cpu::CpuOps;
 use crate::error::{Error, Result};
 use crate::layout::{put_f16, PageLayout};
 use crate::pack::{pack, pack_bits, packed_len};
-use crate::quantize::squared_error;
+use crate::quantize::{squared_error, stretched, Affine, Spread};
 
 /// What never changes about a layer.
 #[derive(Clone, Debug)]
@@ -182,10 +182,10 @@ fn quantize_keys(spec: &LayerSpec, traced: &[u8], k: &[f32], bytes: &mut [u8]) -
         weight[usize::from(*t)] = 0.0;
     }
     let mut codes = vec![0u8; layout.group_size];
-    let (bits, clip, size) = (layout.k_bits, spec.config.clip, layout.k_channel_bytes());
+    let (bits, size) = (layout.k_bits, layout.k_channel_bytes());
     let mut errors = Vec::new();
     for (c, x) in k.chunks_exact(layout.group_size).enumerate() {
-        let affine = (spec.ops.quantize_group)(x, &weight, bits, clip, &mut codes)?;
+        let affine = quantize_channel(spec, x, &weight, bits, &mut codes)?;
         let packed = &mut bytes[layout.k_codes.clone()][c * size..(c + 1) * size];
         pack(&codes, bits, packed);
         put_f16(&mut bytes[layout.k_scale.clone()], c, affine.scale);
@@ -196,7 +196,7 @@ fn quantize_keys(spec: &LayerSpec, traced: &[u8], k: &[f32], bytes: &mut [u8]) -
     }
     for (i, c) in worst(&errors, layout.boosted).into_iter().enumerate() {
         let x = &k[c * layout.group_size..][..layout.group_size];
-        let affine = (spec.ops.quantize_group)(x, &weight, bits + 1, clip, &mut codes)?;
+        let affine = quantize_channel(spec, x, &weight, bits + 1, &mut codes)?;
         let high = packed_len(layout.group_size, 1);
         let plane = &mut bytes[layout.k_high.clone()][i * high..][..high];
         pack_bits(&codes, bits, plane);
@@ -212,6 +212,22 @@ fn quantize_keys(spec: &LayerSpec, traced: &[u8], k: &[f32], bytes: &mut [u8]) -
         place.copy_from_slice(&(c as u16).to_le_bytes());
     }
     Some(())
+}
+
+/// One key channel of a group.
+fn quantize_channel(
+    spec: &LayerSpec,
+    x: &[f32],
+    weight: &[f32],
+    bits: u8,
+    codes: &mut [u8],
+) -> Option<Affine> {
+    let clip = spec.config.clip;
+    let affine = (spec.ops.quantize_group)(x, weight, bits, clip, codes)?;
+    Some(match clip {
+        Clip::Both => stretched(x, weight, codes, affine, Spread::Variance),
+        Clip::None | Clip::Keys => affine,
+    })
 }
 
 /// The `count` channels of largest error, ascending; of equals the lower.
@@ -233,7 +249,15 @@ fn quantize_values(spec: &LayerSpec, v: &[f32], bytes: &mut [u8]) -> Option<()> 
             let channels = layout.v_group(group);
             let (x, codes) = (&x[channels.clone()], &mut codes[channels.clone()]);
             let weight = &weight[channels.clone()];
-            let affine = (spec.ops.quantize_group)(x, weight, bits, Clip::None, codes)?;
+            let affine = match spec.config.clip {
+                Clip::Both => {
+                    let affine = (spec.ops.quantize_group)(x, weight, bits, Clip::Both, codes)?;
+                    stretched(x, weight, codes, affine, Spread::Gain)
+                }
+                Clip::None | Clip::Keys => {
+                    (spec.ops.quantize_group)(x, weight, bits, Clip::None, codes)?
+                }
+            };
             let at = t * layout.v_token_bytes() + packed_len(channels.start, bits);
             let packed = &mut bytes[layout.v_codes.clone()][at..];
             pack(codes, bits, &mut packed[..packed_len(channels.len(), bits)]);

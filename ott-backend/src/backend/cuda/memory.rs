@@ -7,7 +7,7 @@ use ott_kernels::shape::LayerShape;
 
 use super::tensor::kernel_dtype;
 use crate::cache::LayerSpec;
-use crate::config::{Clip, Rotation};
+use crate::config::Rotation;
 use crate::error::{Error, Result};
 
 /// Words of a row in a step's tables, and of all paddings between them.
@@ -28,7 +28,7 @@ pub fn shapes(specs: &[LayerSpec]) -> Vec<LayerShape> {
             v_bits: layout.v_bits,
             outliers: layout.outliers,
             extra: config.extra,
-            clip: config.clip == Clip::Keys,
+            clip: config.clip as u32,
             boosted: layout.boosted,
             rotate: config.rotation == Rotation::Values,
             head_bytes: layout.head_bytes,
