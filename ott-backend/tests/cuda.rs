@@ -7,7 +7,6 @@
 mod harness;
 #[allow(dead_code)]
 mod pool;
-#[allow(dead_code)]
 mod reference;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -269,7 +268,7 @@ impl Both {
     /// Pages byte for byte, and what each sequence reads bit for bit.
     fn compare(&mut self) {
         let layers = self.cpu.host.model.layers;
-        let mut ahead = vec![false; NUM_BLOCKS];
+        let mut ahead = [false; NUM_BLOCKS];
         for (block, ahead) in ahead.iter_mut().enumerate() {
             for layer in 0..layers {
                 let pages = self.sides().map(|side| side.inspect.page(layer, block));

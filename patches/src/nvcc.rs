@@ -47,22 +47,24 @@ fn ensure() -> Result<PathBuf> {
     Ok(home)
 }
 
-/// Compile the kernels for every architecture and lint what launches them.
+/// Compile the kernels for every architecture, lint what launches them, then the backend's side of them and candle's own
+/// kernels, for one architecture.
 pub fn check_kernels(project: &Project) -> Result<()> {
-    let args = [
-        "clippy",
-        "--package",
-        "ott-kernels",
-        "--features",
-        "cuda",
-        "--all-targets",
-        "--locked",
-        "--",
-        "-D",
-        "warnings",
-    ];
-    let mut clippy = cargo_root(project, &args)?;
-    clippy.env("CUDA_HOME", ensure()?);
-    clippy.env_remove("CUDA_COMPUTE_CAP");
-    run("cargo clippy", clippy)
+    let home = ensure()?;
+    let clippy = |package: &str| {
+        let args = ["clippy", "--package", package, "--features", "cuda"];
+        let more = ["--all-targets", "--locked", "--", "-D", "warnings"];
+        let mut clippy = cargo_root(project, &[&args[..], &more[..]].concat())?;
+        clippy.env("CUDA_HOME", &home);
+        clippy.env_remove("CUDA_COMPUTE_CAP");
+        anyhow::Ok(clippy)
+    };
+    run("cargo clippy", clippy("ott-kernels")?)?;
+    let mut backend = clippy("ott-backend")?;
+    // candle asks `nvcc` on the path, and a GPU unless it is told what one would answer.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let paths = std::iter::once(home.join("bin")).chain(std::env::split_paths(&path));
+    backend.env("PATH", std::env::join_paths(paths)?);
+    backend.env("CUDA_COMPUTE_CAP", "90");
+    run("cargo clippy", backend)
 }

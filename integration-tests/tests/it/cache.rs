@@ -67,6 +67,37 @@ fn pages_are_the_same_alone_and_in_a_batch() -> Result<()> {
     })
 }
 
+/// Who hits a block finds the bytes that it would have made itself, and leaves them as they are.
+#[test]
+fn a_page_that_is_hit_is_the_page_recomputed() -> Result<()> {
+    let _alone = alone();
+    block_on(async {
+        let path = smollm2()?;
+        let text = prompt(420, 8);
+        let engine = Engine::load(&path, &Setup::with("ott")).await?;
+        engine.complete(text[..300].to_vec(), 3).await?;
+        let recomputed = pages(5);
+        drop(engine);
+        let setup = Setup {
+            prefix_cache: true,
+            ..Setup::with("ott")
+        };
+        let engine = Engine::load(&path, &setup).await?;
+        engine.complete(text[..300].to_vec(), 3).await?;
+        assert_eq!(recomputed.len(), 2);
+        assert!(pages(5) == recomputed, "pages depend on the prefix cache");
+        let new = engine.prompt_logits(text.clone()).await?.len();
+        assert_eq!(new, 420 - 256, "two blocks are hit");
+        let after = pages(5);
+        for page in &recomputed {
+            let found = after.iter().filter(|p| *p == page).count();
+            assert_eq!(found, 1, "a page that was hit is kept, once");
+        }
+        assert_eq!(after.len(), 3);
+        Ok(())
+    })
+}
+
 #[test]
 fn unequal_prompts_at_once_equal_their_results_alone() -> Result<()> {
     let _alone = alone();

@@ -249,7 +249,7 @@ fn throughput(model: &Llama, prompt: &[u32], options: &str) -> Result<()> {
     };
     println!(
         "f16: {seqs} sequences of {DEPTH} in {} MiB: {plain:.0} tokens/s",
-        seqs * whole >> 20
+        (seqs * whole) >> 20
     );
     let provider = ott_backend::provider();
     let fits = |seqs: usize| -> Result<bool> {
@@ -264,7 +264,7 @@ fn throughput(model: &Llama, prompt: &[u32], options: &str) -> Result<()> {
         let cached = Cached::new(model, options, seqs, room)?;
         // One prompt at a time, as the host does with long ones.
         for seq in 0..seqs {
-            cached.step(&[tokens.clone()], seq, 0, true)?;
+            cached.step(std::slice::from_ref(&tokens), seq, 0, true)?;
         }
         let ott = rate(seqs, &model.device, |tokens, past| {
             cached.step(tokens, 0, past, false)
