@@ -118,8 +118,9 @@ fn watch(watch: Watch, test: &str, fault: Option<&str>) -> (bool, String) {
     command
         .env("LD_PRELOAD", sanitizer)
         .env("OTT_SHIM", watch.name());
-    // The Rust side keeps what it loaded until the end.
-    command.env("ASAN_OPTIONS", "detect_leaks=0").env(
+    // The Rust side keeps what it loaded until the end; builds for two architectures have variables of the same names.
+    let addresses = "detect_leaks=0:detect_odr_violation=0";
+    command.env("ASAN_OPTIONS", addresses).env(
         "TSAN_OPTIONS",
         "halt_on_error=1:ignore_noninstrumented_modules=1",
     );
