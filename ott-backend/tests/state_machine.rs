@@ -111,6 +111,26 @@ fn a_step_without_room_changes_nothing() {
     assert_eq!(run(LARGER, rules, 0, &history)["no room for the window"], 1);
 }
 
+/// One more sequence than the window was sized for, and the block that one of them would seal lies before a block that
+/// another one seals in the same step, so that it stays open. The step is refused as a whole.
+#[test]
+fn a_step_counts_what_its_own_pages_leave_open() {
+    let start = |text, tokens, pick| Op::Start { text, tokens, pick };
+    let history = [
+        start(1, 97, 0),
+        start(0, 1, 0),
+        start(0, 33, 0),
+        Op::Prompt { tokens: 76 },
+        start(0, 1, 0),
+        start(1, 65, 1),
+        Op::Prompt { tokens: 21 },
+    ];
+    assert_eq!(
+        run(OPTIONS, RULES, 0, &history)["no room for the window"],
+        1
+    );
+}
+
 /// The histories above reach what they are for.
 #[test]
 fn histories_reach_every_corner() {

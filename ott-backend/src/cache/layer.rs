@@ -1,5 +1,7 @@
 //! One layer: blocks go from empty over open to sealed.
 
+use std::collections::HashSet;
+
 use super::element::{Element, Tokens};
 use super::seal::{seal_groups, LayerSpec, SealedHead};
 use super::staging::{Staging, CHUNK};
@@ -125,12 +127,17 @@ impl<E: Element> LayerCache<E> {
     pub fn reserve(&mut self, rows: &[Row<'_>]) -> Result<()> {
         let group = self.spec.layout.group_size;
         // Blocks that are open now or after the step; several rows may share one.
-        let mut counted = std::collections::HashSet::new();
+        let mut counted = HashSet::new();
+        // Rows are stored one by one, and one before may seal a block that this one shares: what lies
+        // before that block then stays open.
+        let mut seals = HashSet::new();
         let mut total = self.staging.in_use();
         for row in rows {
             let sealed = self.groups_to_seal(row.end());
             let (mut before, mut after) = (0, 0);
-            for i in self.first_open(row)..row.end().div_ceil(group) {
+            let first = self.first_open(row, &seals);
+            seals.extend(row.table[..sealed].iter().skip(first));
+            for i in first..row.end().div_ceil(group) {
                 if counted.insert(row.table[i]) {
                     let open = i >= sealed;
                     let len = if open {
@@ -142,7 +149,7 @@ impl<E: Element> LayerCache<E> {
                     after += len.div_ceil(CHUNK);
                 }
             }
-            // Rows are stored one by one: one that shrinks may do so after the others have grown.
+            // One that shrinks may do so after the others have grown.
             total += after.saturating_sub(before);
         }
         match self.staging.reserve(total) {
@@ -220,10 +227,11 @@ impl<E: Element> LayerCache<E> {
         tokens.saturating_sub(self.spec.config.residual) / self.spec.layout.group_size
     }
 
-    /// The first group of a row that is not sealed.
-    fn first_open(&self, row: &Row<'_>) -> usize {
+    /// The first group of a row that is not sealed, if blocks of `seals` are.
+    fn first_open(&self, row: &Row<'_>, seals: &HashSet<usize>) -> usize {
         let mut first = row.past / self.spec.layout.group_size;
-        while first > 0 && !self.is_sealed(row.table[first - 1]) {
+        let is_open = |block: usize| !self.is_sealed(block) && !seals.contains(&block);
+        while first > 0 && is_open(row.table[first - 1]) {
             first -= 1;
         }
         first
@@ -236,7 +244,7 @@ impl<E: Element> LayerCache<E> {
         end: usize,
         new: Option<(&Tokens<'_, E>, &Tokens<'_, E>)>,
     ) -> Result<()> {
-        let first = self.first_open(row);
+        let first = self.first_open(row, &HashSet::new());
         if first >= end {
             return Ok(());
         }

@@ -262,23 +262,22 @@ fn worst(group: &[Token], traced: &[usize], ranges: &[Range], rules: Rules) -> V
     channels
 }
 
-/// A Hadamard matrix over blocks of the largest power of two that divides the channels, 128 at most:
-/// entry (i, j) is -1 to the number of ones that i and j share.
+/// A Hadamard matrix over blocks of the largest power of two that divides the channels, 128 at most; in f32 and in the
+/// order of docs/layout.md, because the last bit of a value decides now and then on that of its scale.
 pub fn rotate(v: &[f32]) -> Vec<f32> {
     let width = (1usize << v.len().trailing_zeros()).min(128);
-    let channel = |c: usize| {
-        let (start, i) = (c / width * width, c % width);
-        let sign = |j: usize| {
-            if (i & j).count_ones().is_multiple_of(2) {
-                1.0
-            } else {
-                -1.0
-            }
+    let mut x = v.to_vec();
+    let mut distance = 1;
+    while distance < width {
+        let pairs = |i: usize, x: &[f32]| match i & distance {
+            0 => x[i] + x[i + distance],
+            _ => x[i - distance] - x[i],
         };
-        let sum: f64 = (0..width).map(|j| sign(j) * f64::from(v[start + j])).sum();
-        (sum / (width as f64).sqrt()) as f32
-    };
-    (0..v.len()).map(channel).collect()
+        x = (0..x.len()).map(|i| pairs(i, &x)).collect();
+        distance *= 2;
+    }
+    let factor = 1.0 / (width as f32).sqrt();
+    x.iter().map(|x| x * factor).collect()
 }
 
 /// Keys by channel over the group's tokens, values by token over groups of channels.
