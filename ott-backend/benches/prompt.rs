@@ -103,7 +103,9 @@ impl Case {
             let out = self.attend(&cache, &new);
             attending = attending.min(start.elapsed().as_secs_f64());
             let start = Instant::now();
-            cache.append(LAYER, &row, &new.k, &new.v).expect("finite");
+            cache
+                .append(LAYER, &row, None, &new.k, &new.v)
+                .expect("finite");
             storing = storing.min(start.elapsed().as_secs_f64());
             if run == 0 {
                 self.check(&out);

@@ -27,6 +27,15 @@ pub enum Rotation {
     Values,
 }
 
+/// What an error of a key counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Weigh {
+    /// The same in all channels (the paper).
+    None = 0,
+    /// What the sequence's own queries make of it: see [`weigh`](crate::weigh).
+    Queries = 1,
+}
+
 /// Settings of the cache. [`OttConfig::parse`] makes valid ones; after setting fields by hand, ask
 /// [`OttConfig::validate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,6 +58,8 @@ pub struct OttConfig {
     pub clip: Clip,
     /// Basis of stored values.
     pub rotation: Rotation,
+    /// Weights of the keys' errors.
+    pub weigh: Weigh,
     /// Of every 64 key channels, how many get one more bit, 0 to 32: in each page those that `k_bits`
     /// serve worst (Kitty, arXiv 2511.18643). Not with 8-bit keys.
     pub boost: usize,
@@ -56,7 +67,8 @@ pub struct OttConfig {
 
 impl Default for OttConfig {
     /// What measures best at 2.5 page bits at most (docs/quality.md): the paper with clipped ranges,
-    /// rotated values, and a third bit for three sixteenths of the key channels.
+    /// rotated values, a third bit for three sixteenths of the key channels, and codes of keys chosen for
+    /// the queries that read them.
     fn default() -> Self {
         Self::two_bits()
     }
@@ -67,6 +79,7 @@ impl OttConfig {
         Self {
             clip: Clip::Both,
             rotation: Rotation::Values,
+            weigh: Weigh::Queries,
             boost: 12,
             ..Self::paper()
         }
@@ -84,6 +97,7 @@ impl OttConfig {
             exempt_layers: 2,
             clip: Clip::None,
             rotation: Rotation::None,
+            weigh: Weigh::None,
             boost: 0,
         }
     }
@@ -268,6 +282,13 @@ impl OttConfig {
                     _ => return Err(bad(name, value, "none or v")),
                 }
             }
+            "weigh" => {
+                self.weigh = match value {
+                    "none" => Weigh::None,
+                    "q" => Weigh::Queries,
+                    _ => return Err(bad(name, value, "none or q")),
+                }
+            }
             "boost" => self.boost = number(name, value, BOOST)?,
             _ => {
                 return Err(Error::UnknownOption {
@@ -327,6 +348,10 @@ impl fmt::Display for OttConfig {
             Rotation::None => ",rotate=none",
             Rotation::Values => ",rotate=v",
         })?;
+        f.write_str(match self.weigh {
+            Weigh::None => ",weigh=none",
+            Weigh::Queries => ",weigh=q",
+        })?;
         match (self.k_bits, self.boost) {
             // What other bits begin with.
             (3.., 0) => Ok(()),
@@ -362,6 +387,7 @@ mod tests {
             "3bit,boost=0",
             "3bit,k_bits=2",
             "k_bits=4,boost=8",
+            "paper,weigh=q",
         ] {
             let config = OttConfig::parse(options).expect("valid");
             assert_eq!(
@@ -390,16 +416,16 @@ mod tests {
         .map(|options| format!("{options:18} -> {}", parsed(options)))
         .collect();
         insta::assert_snapshot!(table.join("\n"), @r#"
-                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,boost=12
-        paper              -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
-        kivi               -> k_bits=2,v_bits=2,group=128,residual=128,outliers=0,clip=none,rotate=none,boost=0
-        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v
-        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v
-        kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,boost=0
-        3bit               -> k_bits=3,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,boost=12
-        4bit               -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,boost=12
-        3bit,k_bits=4      -> k_bits=4,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v
-        bits=3,boost=8     -> k_bits=3,v_bits=3,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,boost=8
+                           -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,weigh=q,boost=12
+        paper              -> k_bits=2,v_bits=2,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,weigh=none,boost=0
+        kivi               -> k_bits=2,v_bits=2,group=128,residual=128,outliers=0,clip=none,rotate=none,weigh=none,boost=0
+        bits=4             -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,weigh=q
+        k_bits=3, group=64 -> k_bits=3,v_bits=2,group=64,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,weigh=q
+        kivi,outliers=3    -> k_bits=2,v_bits=2,group=128,residual=128,outliers=3,extra=32,exempt_layers=2,clip=none,rotate=none,weigh=none,boost=0
+        3bit               -> k_bits=3,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,weigh=q,boost=12
+        4bit               -> k_bits=4,v_bits=4,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,weigh=q,boost=12
+        3bit,k_bits=4      -> k_bits=4,v_bits=2,group=128,residual=64,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,weigh=q
+        bits=3,boost=8     -> k_bits=3,v_bits=3,group=128,residual=32,outliers=3,extra=32,exempt_layers=2,clip=kv,rotate=v,weigh=q,boost=8
         "#);
     }
 
@@ -421,6 +447,7 @@ mod tests {
             "extra=255",
             "clip=v",
             "rotate=k",
+            "weigh=k",
             "boost=33",
             "bits=8,boost=8",
             "bits=2,k_bits=3",
@@ -451,12 +478,13 @@ mod tests {
         extra=255            -> `extra=255`: extra takes 0 to 254
         clip=v               -> `clip=v`: clip takes none, k or kv
         rotate=k             -> `rotate=k`: rotate takes none or v
+        weigh=k              -> `weigh=k`: weigh takes none or q
         boost=33             -> `boost=33`: boost takes 0 to 32, and 0 with k_bits=8
         bits=8,boost=8       -> `boost` gives keys one more bit, and there is no ninth: leave it out, or set k_bits to 2, 3 or 4
         bits=2,k_bits=3      -> `bits` sets both k_bits and v_bits: give it alone, or give those two
         kivi,extra=8         -> without outliers nothing is traced: leave extra and exempt_layers out, or set outliers to 1 or more
         paper,               -> the ott cache has no option ``
         "#);
-        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none, k or kv), rotate (none or v), boost (0 to 32, not with 8-bit keys), each once, as name=value, separated by commas)");
+        insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none, k or kv), rotate (none or v), weigh (none or q), boost (0 to 32, not with 8-bit keys), each once, as name=value, separated by commas)");
     }
 }

@@ -6,7 +6,7 @@ use std::fmt;
 pub(crate) const VALID_OPTIONS: &str = "valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, \
      k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), \
      outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none, k or kv), rotate (none or v), \
-     boost (0 to 32, not with 8-bit keys), each once, \
+     weigh (none or q), boost (0 to 32, not with 8-bit keys), each once, \
      as name=value, separated by commas";
 
 /// Everything this crate refuses.

@@ -8,7 +8,7 @@
 //! Rooms, in the order in which data flows; none uses a room to its right:
 //!
 //! ```text
-//! config -> pack -> layout -> quantize, rotate -> cpu -> cache -> attention -> prompt -> backend -> (mistral.rs)
+//! config -> pack -> layout -> quantize -> weigh, rotate -> cpu -> cache -> attention -> prompt -> backend -> (mistral.rs)
 //! ```
 //!
 //! An application calls [`register`] once, before it reads its command line.
@@ -26,11 +26,12 @@ pub mod prompt;
 pub mod quantize;
 pub mod report;
 pub mod rotate;
+pub mod weigh;
 
 #[cfg(feature = "seam")]
 pub use backend::{provider, register, OttBackend, OttProvider};
 pub use cache::{Cache, Element, LayerStats};
-pub use config::{Clip, OttConfig, Rotation};
+pub use config::{Clip, OttConfig, Rotation, Weigh};
 pub use cpu::CpuOps;
 pub use error::{Error, Result};
 pub use layout::PageLayout;

@@ -47,13 +47,13 @@ impl Affine {
 }
 
 /// Highest code.
-fn levels(bits: u8) -> f32 {
+pub(crate) fn levels(bits: u8) -> f32 {
     ((1u16 << bits) - 1) as f32
 }
 
 /// Code of `x` as f32, for `scale` above 0.
 #[inline(always)]
-fn code(x: f32, scale: f32, min: f32, levels: f32) -> f32 {
+pub(crate) fn code(x: f32, scale: f32, min: f32, levels: f32) -> f32 {
     ((x - min) / scale).round_ties_even().clamp(0.0, levels)
 }
 

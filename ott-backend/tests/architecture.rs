@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Left to right: a room uses rooms to its left and itself.
-const ROOMS: [&str; 12] = [
+const ROOMS: [&str; 13] = [
     "error",
     "config",
     "pack",
     "layout",
     "quantize",
+    "weigh",
     "rotate",
     "cpu",
     "cache",

@@ -8,6 +8,7 @@ mod reference;
 use half::{bf16, f16};
 use ott_backend::cpu::{Full, Keys, Values};
 use ott_backend::pack::{pack, pack_bits, packed_len, unpack, unpack_f32};
+use ott_backend::weigh::Feedback;
 use ott_backend::{Clip, CpuOps};
 use reference::Range;
 
@@ -202,6 +203,43 @@ fn clipping_only_helps() {
                     let full = squared_error(x, &weight, &codes, range);
                     // Errors are compared in f32 by the search.
                     assert!(clipped <= full * (1.0 + 1e-5), "{what}: {clipped} > {full}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn codes_that_make_up_for_others() {
+    for_each_table(|ops| {
+        for len in GROUPS {
+            for (g, x) in groups(len).iter().enumerate() {
+                for bits in BITS {
+                    let mut codes = vec![0; len];
+                    let range =
+                        (ops.quantize_group)(x, &vec![1.0; len], bits, Clip::Keys, &mut codes);
+                    let range = range.expect("finite");
+                    let part = Feedback {
+                        gain: 0.3 - g as f32 / 4.0,
+                        mean: 1.7,
+                    };
+                    let run = |ops: &CpuOps| {
+                        let (mut sums, mut codes) = (paint(g, len), vec![0xA5; len]);
+                        (ops.encode_fed_back)(x, range, bits, part, &mut sums, &mut codes);
+                        let sums: Vec<u32> = sums.iter().map(|x| x.to_bits()).collect();
+                        (sums, codes)
+                    };
+                    let want = run(&ott_backend::cpu::scalar::OPS);
+                    assert_eq!(run(ops), want, "{}: group {g} of {len} at {bits}", ops.name);
+                    let range = Range {
+                        scale: range.scale.to_f32(),
+                        min: range.min.to_f32(),
+                    };
+                    let made_up = paint(g, len);
+                    let nearest = x.iter().zip(made_up);
+                    let nearest =
+                        nearest.map(|(x, sum)| range.code(x + part.gain * sum, bits.into()));
+                    assert_eq!(want.1, nearest.collect::<Vec<u8>>());
                 }
             }
         }

@@ -51,7 +51,7 @@ impl Bench {
             let (k, v) = (harness::numbers(&k), harness::numbers(&v));
             let k = Tokens::contiguous(&k, new, self.model.k_dim);
             let v = Tokens::contiguous(&v, new, self.model.v_dim);
-            self.cache.append(layer, &row, &k, &v).unwrap();
+            self.cache.append(layer, &row, None, &k, &v).unwrap();
         }
     }
 

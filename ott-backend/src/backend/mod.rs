@@ -7,7 +7,7 @@ mod stats;
 mod tensor;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Result, Tensor};
 use mistralrs_kv_backend::{KvAttn, KvCacheBackend, KvPlan, KvStats, KvStep};
@@ -16,7 +16,7 @@ pub use provider::{provider, register, OttProvider};
 pub use tensor::Activation;
 
 use crate::attention::{decode, Queries};
-use crate::cache::{Cache, LayerStats, Row};
+use crate::cache::{Cache, LayerStats, NewQueries, Row};
 use crate::config::{OttConfig, Rotation};
 use crate::error::Error;
 use crate::prompt::{attend, NewTokens, Scores};
@@ -72,6 +72,7 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
             cache: Arc::clone(&self.cache),
             rotation: self.config.rotation,
             num_heads: Arc::clone(&self.num_heads),
+            queries: Mutex::default(),
             plan,
         }))
     }
@@ -108,6 +109,8 @@ struct OttStep<E> {
     cache: Arc<Cache<E>>,
     rotation: Rotation,
     num_heads: Arc<[usize]>,
+    /// Of the layer whose prompt was attended to last, until its tokens are stored.
+    queries: Mutex<Option<(usize, Tensor)>>,
     plan: KvPlan,
 }
 
@@ -145,6 +148,7 @@ impl<E: Activation> KvStep for OttStep<E> {
         let v = if turned { v.rotated::<E>()? } else { v };
         let tokens = q_rows.tokens();
         let mut out = vec![E::default(); rows.len() * num_heads * tokens * layout.v_dim];
+        self.remember(layer, q);
         let scores = Scores {
             num_heads,
             scale: attn.scale,
@@ -188,26 +192,8 @@ impl<E: Activation> KvStep for OttStep<E> {
     }
 
     fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (heads, k_dim, v_dim) = {
-            let cache = self.cache.layer(layer).map_err(seam)?;
-            let layout = &cache.spec().layout;
-            (layout.num_kv_heads, layout.k_dim, layout.v_dim)
-        };
-        let rows = rows(&self.plan);
-        let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
-        let k = Rows::new::<E>("k", k, (rows.len(), heads, new, k_dim))?;
-        let v = Rows::new::<E>("v", v, (rows.len(), heads, new, v_dim))?;
-        let v = match self.rotation {
-            Rotation::None => v,
-            Rotation::Values => v.rotated::<E>()?,
-        };
-        k.with::<E, _>(|k| {
-            v.with::<E, _>(|v| {
-                let mut rows = rows.iter().enumerate();
-                rows.try_for_each(|(i, row)| self.cache.append(layer, row, &k.row(i), &v.row(i)))
-            })
-        })??
-        .map_err(seam)
+        let q = self.remembered(layer);
+        self.store(layer, q.as_ref(), k, v)
     }
 
     fn decode(
@@ -218,7 +204,7 @@ impl<E: Activation> KvStep for OttStep<E> {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Tensor> {
-        self.append(layer, k, v)?;
+        self.store(layer, Some(q), k, v)?;
         let cache = self.cache.layer(layer).map_err(seam)?;
         let layout = &cache.spec().layout;
         let rows = rows(&self.plan);
@@ -241,6 +227,55 @@ impl<E: Activation> KvStep for OttStep<E> {
         let out: Vec<E> = out.into_iter().map(E::round).collect();
         let shape = (rows.len(), num_heads, tokens, layout.v_dim);
         tensor(out, shape, q.dtype())
+    }
+}
+
+impl<E: Activation> OttStep<E> {
+    /// Keep the queries of a prompt until its keys are stored.
+    fn remember(&self, layer: usize, q: &Tensor) {
+        *self.last_queries() = Some((layer, q.clone()));
+    }
+
+    /// The queries of the prompt whose keys are stored now, if it was attended to through this step.
+    fn remembered(&self, layer: usize) -> Option<Tensor> {
+        let last = self.last_queries().take();
+        last.filter(|(of, _)| *of == layer).map(|(_, q)| q)
+    }
+
+    fn last_queries(&self) -> std::sync::MutexGuard<'_, Option<(usize, Tensor)>> {
+        self.queries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Store the new tokens of all rows in one layer.
+    fn store(&self, layer: usize, q: Option<&Tensor>, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (heads, k_dim, v_dim) = {
+            let cache = self.cache.layer(layer).map_err(seam)?;
+            let layout = &cache.spec().layout;
+            (layout.num_kv_heads, layout.k_dim, layout.v_dim)
+        };
+        let rows = rows(&self.plan);
+        let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
+        let num_heads = self.num_heads[layer];
+        let q = q.map(|q| Rows::new::<E>("q", q, (rows.len(), num_heads, new, k_dim)));
+        let q = q.transpose()?;
+        let k = Rows::new::<E>("k", k, (rows.len(), heads, new, k_dim))?;
+        let v = Rows::new::<E>("v", v, (rows.len(), heads, new, v_dim))?;
+        let v = match self.rotation {
+            Rotation::None => v,
+            Rotation::Values => v.rotated::<E>()?,
+        };
+        // Without queries the keys stand in their place, and nobody asks for them.
+        with_all(q.as_ref().unwrap_or(&k), &k, &v, |new, k, v| {
+            rows.iter().enumerate().try_for_each(|(i, row)| {
+                let queries = q.as_ref().map(|_| NewQueries {
+                    tokens: new.row(i),
+                    num_heads,
+                });
+                let queries = queries.as_ref();
+                self.cache.append(layer, row, queries, &k.row(i), &v.row(i))
+            })
+        })?
+        .map_err(seam)
     }
 }
 

@@ -3,15 +3,18 @@
 use std::collections::HashSet;
 
 use super::element::{Element, Tokens};
+use super::sample::{NewQueries, NewSamples};
 use super::seal::{seal_groups, LayerSpec, SealedHead};
 use super::staging::{Staging, CHUNK};
 use super::trace::TraceState;
 use super::traced::{TracedStore, NONE};
+use super::window::{staged, staged_sample};
 use super::Row;
 use crate::error::{Error, Result};
+use crate::weigh::SAMPLED;
 
 /// Most chunks of a block.
-const MAX_CHUNKS: usize = 128 / CHUNK;
+pub(super) const MAX_CHUNKS: usize = 128 / CHUNK;
 
 /// What a block holds in one layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -41,7 +44,7 @@ pub struct LayerCache<E> {
     pub(super) places: Vec<u32>,
     pub(super) staging: Staging<E>,
     pub(super) traced: TracedStore<E>,
-    max_seqs: usize,
+    pub(super) max_seqs: usize,
 }
 
 /// Chunks that a sequence's unsealed tokens need at worst: they are fewer than G + R.
@@ -56,8 +59,11 @@ impl<E: Element> LayerCache<E> {
         let traced = layout.num_kv_heads * layout.outliers;
         let (token, beside) = TracedStore::<E>::worst_bytes(layout);
         let block = layout.page_bytes() + BLOCK_STATE_BYTES + traced * (size_of::<u32>() + token);
-        let staging =
-            Staging::<E>::worst_bytes(layout, max_seqs.saturating_mul(chunks_per_seq(spec)));
+        let staging = Staging::<E>::worst_bytes(
+            layout,
+            &spec.config,
+            max_seqs.saturating_mul(chunks_per_seq(spec)),
+        );
         let beside = if traced > 0 { beside } else { 0 };
         (block, staging.saturating_add(beside))
     }
@@ -69,7 +75,11 @@ impl<E: Element> LayerCache<E> {
             pages: vec![0; num_blocks * layout.page_bytes()],
             blocks: vec![Block::Empty; num_blocks],
             places: vec![NONE; num_blocks * layout.num_kv_heads * layout.outliers],
-            staging: Staging::new(layout, max_seqs.saturating_mul(chunks_per_seq(&spec))),
+            staging: Staging::new(
+                layout,
+                &spec.config,
+                max_seqs.saturating_mul(chunks_per_seq(&spec)),
+            ),
             traced: TracedStore::new(layout),
             spec,
             max_seqs,
@@ -158,21 +168,32 @@ impl<E: Element> LayerCache<E> {
         }
     }
 
-    /// Store the new tokens of a row, sealing the groups that leave the window.
+    /// Store the new tokens of a row, sealing the groups that leave the window. Without their queries
+    /// all channels of these tokens' keys count alike.
     ///
     /// # Errors
     /// If the past is not there, a written block is sealed, or a number cannot be quantized; the
     /// tokens stored before are as they were then.
-    pub fn append(&mut self, row: &Row<'_>, k: &Tokens<'_, E>, v: &Tokens<'_, E>) -> Result<()> {
+    pub fn append(
+        &mut self,
+        row: &Row<'_>,
+        q: Option<&NewQueries<'_, E>>,
+        k: &Tokens<'_, E>,
+        v: &Tokens<'_, E>,
+    ) -> Result<()> {
         self.check(row)?;
         self.check_numbers(row, "key", k)?;
         self.check_numbers(row, "value", v)?;
         let group = self.spec.layout.group_size;
         let sealed = self.groups_to_seal(row.end());
-        self.seal(row, sealed, Some((k, v)))?;
+        let samples = self.samples(row, q);
+        self.seal(row, sealed, Some((k, v)), samples.as_ref())?;
         let first = (row.past / group).max(sealed);
         for i in first..row.end().div_ceil(group) {
             self.stage(row, i, k, v)?;
+        }
+        if let Some(samples) = samples {
+            self.stage_samples(row, first * group / SAMPLED, &samples);
         }
         Ok(())
     }
@@ -198,7 +219,7 @@ impl<E: Element> LayerCache<E> {
             table: &table,
         };
         self.check(&row)?;
-        self.seal(&row, table.len(), None)
+        self.seal(&row, table.len(), None, None)
     }
 
     /// Forget what a block holds.
@@ -243,6 +264,7 @@ impl<E: Element> LayerCache<E> {
         row: &Row<'_>,
         end: usize,
         new: Option<(&Tokens<'_, E>, &Tokens<'_, E>)>,
+        samples: Option<&NewSamples<E>>,
     ) -> Result<()> {
         let first = self.first_open(row, &HashSet::new());
         if first >= end {
@@ -265,7 +287,14 @@ impl<E: Element> LayerCache<E> {
                 head,
             ),
         };
-        let sealed = seal_groups(spec, (first, end - first), &before, &source)?;
+        let sample = |place: usize, head: usize| {
+            let new = samples.and_then(|samples| samples.get(place, head));
+            new.unwrap_or_else(|| {
+                let block = &blocks[row.table[place * SAMPLED / group]];
+                staged_sample(staging, block, place % (group / SAMPLED), head)
+            })
+        };
+        let sealed = seal_groups(spec, (first, end - first), &before, &source, &sample)?;
         let traced: Vec<(usize, usize, Vec<E>, Vec<E>)> = traced_tokens(&sealed, |i, head, t| {
             let (k, v) = source((first + i) * group + t, head);
             (row.table[first + i], head, k.to_vec(), v.to_vec())
@@ -307,79 +336,6 @@ impl<E: Element> LayerCache<E> {
         if let Some(place) = places.iter_mut().find(|p| **p == NONE) {
             *place = self.traced.insert(k, v);
         }
-    }
-
-    /// Write the new tokens of a row that lie in group `i`, which stays open.
-    fn stage(
-        &mut self,
-        row: &Row<'_>,
-        i: usize,
-        k: &Tokens<'_, E>,
-        v: &Tokens<'_, E>,
-    ) -> Result<()> {
-        let group = self.spec.layout.group_size;
-        let (block, start) = (row.table[i], i * group);
-        let len = group.min(row.end() - start);
-        let mut held: Vec<u32> = self.chunks_of(block).to_vec();
-        while held.len() < len.div_ceil(CHUNK) {
-            let Some(chunk) = self.staging.take() else {
-                held[self.chunks_of(block).len()..]
-                    .iter()
-                    .for_each(|c| self.staging.give(*c));
-                return Err(self.staging_full());
-            };
-            held.push(chunk);
-        }
-        for surplus in held.drain(len.div_ceil(CHUNK)..) {
-            self.staging.give(surplus);
-        }
-        for position in row.past.max(start)..start + len {
-            let (t, new) = (position - start, position - row.past);
-            for head in 0..self.spec.layout.num_kv_heads {
-                let (k, v) = (k.row(head, new), v.row(head, new));
-                self.staging.write(held[t / CHUNK], head, t % CHUNK, k, v);
-            }
-        }
-        let mut chunks = [NONE; MAX_CHUNKS];
-        chunks[..held.len()].copy_from_slice(&held);
-        let len = len as u32;
-        self.blocks[block] = Block::Open { chunks, len };
-        Ok(())
-    }
-
-    fn chunks_of(&self, block: usize) -> &[u32] {
-        match &self.blocks[block] {
-            Block::Open { chunks, len } => &chunks[..(*len as usize).div_ceil(CHUNK)],
-            _ => &[],
-        }
-    }
-
-    fn free_chunks(&mut self, block: usize) {
-        if let Block::Open { chunks, len } = self.blocks[block] {
-            for chunk in &chunks[..(len as usize).div_ceil(CHUNK)] {
-                self.staging.give(*chunk);
-            }
-        }
-    }
-
-    fn staging_full(&self) -> Error {
-        Error::StagingFull {
-            layer: self.spec.layer,
-            max_seqs: self.max_seqs,
-        }
-    }
-}
-
-/// A token of an open block. What is not there reads as nothing; `check` has refused that before.
-fn staged<'a, E: Element>(
-    staging: &'a Staging<E>,
-    block: &Block,
-    t: usize,
-    head: usize,
-) -> (&'a [E], &'a [E]) {
-    match block {
-        Block::Open { chunks, .. } => staging.token(chunks[t / CHUNK], head, t % CHUNK),
-        _ => (&[], &[]),
     }
 }
 

@@ -15,12 +15,14 @@ mod element;
 mod gather;
 mod layer;
 mod page;
+mod sample;
 mod seal;
 mod staging;
 mod tile;
 mod trace;
 mod traced;
 mod view;
+mod window;
 
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -29,6 +31,7 @@ use rayon::prelude::*;
 pub use element::{Element, Tokens};
 pub use layer::{LayerCache, BLOCK_STATE_BYTES};
 pub use page::PageHead;
+pub use sample::NewQueries;
 pub use seal::{seal_groups, LayerSpec, SealedHead};
 pub use staging::CHUNK;
 pub use tile::{Tile, KEY_STRIDE, TILE};
@@ -144,7 +147,8 @@ impl<E: Element> Cache<E> {
         Ok(())
     }
 
-    /// Store a row's new tokens in one layer.
+    /// Store a row's new tokens in one layer. `q` are these tokens' queries, by which errors of keys are
+    /// weighed.
     ///
     /// # Errors
     /// See [`LayerCache::append`].
@@ -152,10 +156,11 @@ impl<E: Element> Cache<E> {
         &self,
         layer: usize,
         row: &Row<'_>,
+        q: Option<&NewQueries<'_, E>>,
         k: &Tokens<'_, E>,
         v: &Tokens<'_, E>,
     ) -> Result<()> {
-        write(self.lock(layer)?).append(row, k, v)
+        write(self.lock(layer)?).append(row, q, k, v)
     }
 
     /// One layer, to be read.

@@ -4,12 +4,13 @@ use rayon::prelude::*;
 
 use super::element::Element;
 use super::trace::TraceState;
-use crate::config::{Clip, OttConfig};
+use crate::config::{Clip, OttConfig, Weigh};
 use crate::cpu::CpuOps;
 use crate::error::{Error, Result};
 use crate::layout::{put_f16, PageLayout};
 use crate::pack::{pack, pack_bits, packed_len};
 use crate::quantize::{squared_error, stretched, Affine, Spread};
+use crate::weigh::{Weights, SAMPLED};
 
 /// What never changes about a layer.
 #[derive(Clone, Debug)]
@@ -36,7 +37,9 @@ pub struct SealedHead {
 /// Seal `count` groups that follow each other, from group `first` of their sequence on.
 ///
 /// `before` is the tracing state of each head before the first one, `source(position, head)` the
-/// key and value of a token. The result is by group, then by head.
+/// key and value of a token, `sample(place, head)` what is kept of the queries of token
+/// `(place + 1) * SAMPLED - 1`; it is asked only if keys are weighed by them. The result is by group,
+/// then by head.
 ///
 /// # Errors
 /// If a number is not finite or beyond f16.
@@ -45,6 +48,7 @@ pub fn seal_groups<'a, E: Element>(
     (first, count): (usize, usize),
     before: &[TraceState],
     source: &(impl Fn(usize, usize) -> (&'a [E], &'a [E]) + Sync),
+    sample: &(impl Fn(usize, usize) -> &'a [E] + Sync),
 ) -> Result<Vec<Vec<SealedHead>>> {
     let heads = spec.layout.num_kv_heads;
     let chains: Vec<Vec<(TraceState, Vec<u8>)>> = (0..heads)
@@ -55,7 +59,9 @@ pub fn seal_groups<'a, E: Element>(
         let (group, head) = (i / heads, i % heads);
         let (state, traced) = &chains[head][group];
         let start = (first + group) * spec.layout.group_size;
-        let bytes = quantize_head(spec, head, traced, state, &|t| source(start + t, head))?;
+        let weights = weights(spec, |i| sample(start / SAMPLED + i, head));
+        let token = |t| source(start + t, head);
+        let bytes = quantize_head(spec, head, traced, state, weights.as_ref(), &token)?;
         Ok(SealedHead {
             bytes,
             traced: traced.clone(),
@@ -105,16 +111,30 @@ fn quantize_head<'a, E: Element>(
     head: usize,
     traced: &[u8],
     state: &TraceState,
+    weights: Option<&Weights>,
     token: &impl Fn(usize) -> (&'a [E], &'a [E]),
 ) -> Result<Vec<u8>> {
     let layout = &spec.layout;
     let mut bytes = vec![0u8; layout.head_bytes];
     let (k, v) = tiles(layout, traced, token);
-    quantize_keys(spec, traced, &k, &mut bytes)
+    quantize_keys(spec, traced, weights, &k, &mut bytes)
         .ok_or_else(|| not_representable(spec, "key", head))?;
     quantize_values(spec, &v, &mut bytes).ok_or_else(|| not_representable(spec, "value", head))?;
     state.write(traced, layout, &mut bytes);
     Ok(bytes)
+}
+
+/// What errors of the group's keys count; `sample(i)` is its `i`-th sample.
+fn weights<'a, E: Element>(spec: &LayerSpec, sample: impl Fn(usize) -> &'a [E]) -> Option<Weights> {
+    if spec.config.weigh == Weigh::None {
+        return None;
+    }
+    let k_dim = spec.layout.k_dim;
+    let mut wide = vec![0f32; spec.layout.group_size / SAMPLED * 2 * k_dim];
+    for (i, wide) in wide.chunks_exact_mut(2 * k_dim).enumerate() {
+        E::widen(sample(i), wide);
+    }
+    Weights::of(wide.chunks_exact(2 * k_dim), k_dim)
 }
 
 /// Keys `(k_dim, G)` and values `(G, v_dim)` of a group, traced tokens replaced by the mean.
@@ -175,43 +195,103 @@ fn replace_by_mean(x: &mut [f32], dim: usize, traced: &[u8]) {
     }
 }
 
-fn quantize_keys(spec: &LayerSpec, traced: &[u8], k: &[f32], bytes: &mut [u8]) -> Option<()> {
-    let layout = &spec.layout;
-    let mut weight = vec![1f32; layout.group_size];
+/// A channel's codes and what reads them back.
+struct Channel {
+    bits: u8,
+    affine: Affine,
+    codes: Vec<u8>,
+}
+
+fn quantize_keys(
+    spec: &LayerSpec,
+    traced: &[u8],
+    weights: Option<&Weights>,
+    k: &[f32],
+    bytes: &mut [u8],
+) -> Option<()> {
+    let (layout, group) = (&spec.layout, spec.layout.group_size);
+    let mut weight = vec![1f32; group];
     for t in traced {
         weight[usize::from(*t)] = 0.0;
     }
-    let mut codes = vec![0u8; layout.group_size];
-    let (bits, size) = (layout.k_bits, layout.k_channel_bytes());
-    let mut errors = Vec::new();
-    for (c, x) in k.chunks_exact(layout.group_size).enumerate() {
+    let channel = |x: &[f32], bits: u8| -> Option<Channel> {
+        let mut codes = vec![0u8; group];
         let affine = quantize_channel(spec, x, &weight, bits, &mut codes)?;
-        let packed = &mut bytes[layout.k_codes.clone()][c * size..(c + 1) * size];
-        pack(&codes, bits, packed);
-        put_f16(&mut bytes[layout.k_scale.clone()], c, affine.scale);
-        put_f16(&mut bytes[layout.k_min.clone()], c, affine.min);
-        if layout.boosted > 0 {
-            errors.push(squared_error(x, &weight, affine, bits));
+        Some(Channel {
+            bits,
+            affine,
+            codes,
+        })
+    };
+    let rows: Vec<&[f32]> = k.chunks_exact(group).collect();
+    let channels = rows.iter().map(|x| channel(x, layout.k_bits));
+    let mut channels: Vec<Channel> = channels.collect::<Option<_>>()?;
+    let mut boosted = Vec::new();
+    if layout.boosted > 0 {
+        let errors = channels
+            .iter()
+            .zip(&rows)
+            .enumerate()
+            .map(|(c, (channel, x))| {
+                let error = squared_error(x, &weight, channel.affine, channel.bits);
+                weights.map_or(error, |weights| weights.error(c, error))
+            });
+        boosted = worst(&errors.collect::<Vec<f32>>(), layout.boosted);
+    }
+    for &c in &boosted {
+        channels[c] = channel(rows[c], layout.k_bits + 1)?;
+    }
+    if let Some(weights) = weights {
+        make_up(spec, traced, weights, &boosted, &rows, &mut channels);
+    }
+    write_keys(layout, &boosted, &mut channels, bytes);
+    Some(())
+}
+
+/// Choose codes anew, so that channels make up for each other's errors: boosted ones first, then the others, each in
+/// ascending order. Codes of traced tokens, which nobody reads, stay.
+fn make_up(
+    spec: &LayerSpec,
+    traced: &[u8],
+    weights: &Weights,
+    boosted: &[usize],
+    rows: &[&[f32]],
+    channels: &mut [Channel],
+) {
+    let others = (0..channels.len()).filter(|c| boosted.binary_search(c).is_err());
+    let order: Vec<usize> = boosted.iter().copied().chain(others).collect();
+    let mut sums = vec![0f32; spec.layout.group_size];
+    for (&c, part) in order.iter().zip(weights.feedback(&order)) {
+        let channel = &mut channels[c];
+        let stay: Vec<u8> = traced
+            .iter()
+            .map(|t| channel.codes[usize::from(*t)])
+            .collect();
+        let (affine, bits) = (channel.affine, channel.bits);
+        (spec.ops.encode_fed_back)(rows[c], affine, bits, part, &mut sums, &mut channel.codes);
+        for (t, code) in traced.iter().zip(stay) {
+            channel.codes[usize::from(*t)] = code;
         }
     }
-    for (i, c) in worst(&errors, layout.boosted).into_iter().enumerate() {
-        let x = &k[c * layout.group_size..][..layout.group_size];
-        let affine = quantize_channel(spec, x, &weight, bits + 1, &mut codes)?;
-        let high = packed_len(layout.group_size, 1);
+}
+
+fn write_keys(layout: &PageLayout, boosted: &[usize], channels: &mut [Channel], bytes: &mut [u8]) {
+    let (bits, size) = (layout.k_bits, layout.k_channel_bytes());
+    let high = packed_len(layout.group_size, 1);
+    for (i, &c) in boosted.iter().enumerate() {
+        let codes = &mut channels[c].codes;
         let plane = &mut bytes[layout.k_high.clone()][i * high..][..high];
-        pack_bits(&codes, bits, plane);
+        pack_bits(codes, bits, plane);
         codes.iter_mut().for_each(|code| *code &= (1u8 << bits) - 1);
-        pack(
-            &codes,
-            bits,
-            &mut bytes[layout.k_codes.clone()][c * size..][..size],
-        );
-        put_f16(&mut bytes[layout.k_scale.clone()], c, affine.scale);
-        put_f16(&mut bytes[layout.k_min.clone()], c, affine.min);
         let place = &mut bytes[layout.k_boosted.clone()][2 * i..][..2];
         place.copy_from_slice(&(c as u16).to_le_bytes());
     }
-    Some(())
+    for (c, channel) in channels.iter().enumerate() {
+        let packed = &mut bytes[layout.k_codes.clone()][c * size..][..size];
+        pack(&channel.codes, bits, packed);
+        put_f16(&mut bytes[layout.k_scale.clone()], c, channel.affine.scale);
+        put_f16(&mut bytes[layout.k_min.clone()], c, channel.affine.min);
+    }
 }
 
 /// One key channel of a group.

@@ -3,7 +3,9 @@
 use std::mem::size_of;
 
 use super::element::Element;
+use crate::config::{OttConfig, Weigh};
 use crate::layout::PageLayout;
+use crate::weigh::SAMPLED;
 
 /// Tokens of a chunk.
 pub const CHUNK: usize = 32;
@@ -12,7 +14,8 @@ pub const CHUNK: usize = 32;
 /// vectors that double and begin with four.
 const TABLE_BYTES: usize = 4 * (size_of::<Box<[u8]>>() + size_of::<u32>());
 
-/// Chunks of one layer: each holds all kv heads, per head 32 keys and then 32 values.
+/// Chunks of one layer: each holds all kv heads, per head 32 keys and then 32 values, and after them, per head, the
+/// samples of these tokens' queries, where keys are weighed by them.
 ///
 /// Chunks are made when they are first needed, never more than `limit`, and kept.
 #[derive(Debug)]
@@ -23,11 +26,21 @@ pub struct Staging<E> {
     heads: usize,
     k_dim: usize,
     v_dim: usize,
+    /// Numbers of a head's samples.
+    samples: usize,
+}
+
+/// Numbers of a chunk's samples, per head.
+fn samples(layout: &PageLayout, config: &OttConfig) -> usize {
+    match config.weigh {
+        Weigh::None => 0,
+        Weigh::Queries => CHUNK / SAMPLED * 2 * layout.k_dim,
+    }
 }
 
 impl<E: Element> Staging<E> {
     /// An empty store.
-    pub fn new(layout: &PageLayout, limit: usize) -> Self {
+    pub fn new(layout: &PageLayout, config: &OttConfig, limit: usize) -> Self {
         Self {
             chunks: Vec::new(),
             free: Vec::new(),
@@ -35,12 +48,14 @@ impl<E: Element> Staging<E> {
             heads: layout.num_kv_heads,
             k_dim: layout.k_dim,
             v_dim: layout.v_dim,
+            samples: samples(layout, config),
         }
     }
 
     /// Bytes of a store of `limit` chunks at worst.
-    pub fn worst_bytes(layout: &PageLayout, limit: usize) -> usize {
-        let numbers = layout.num_kv_heads * CHUNK * (layout.k_dim + layout.v_dim);
+    pub fn worst_bytes(layout: &PageLayout, config: &OttConfig, limit: usize) -> usize {
+        let of_head = CHUNK * (layout.k_dim + layout.v_dim) + samples(layout, config);
+        let numbers = layout.num_kv_heads * of_head;
         limit.saturating_mul(numbers * size_of::<E>() + TABLE_BYTES)
     }
 
@@ -63,7 +78,7 @@ impl<E: Element> Staging<E> {
             return false;
         }
         while self.chunks.len() < total {
-            let numbers = self.heads * CHUNK * (self.k_dim + self.v_dim);
+            let numbers = self.heads * (CHUNK * (self.k_dim + self.v_dim) + self.samples);
             self.free.push(self.chunks.len() as u32);
             self.chunks.push(vec![E::default(); numbers].into());
         }
@@ -111,5 +126,21 @@ impl<E: Element> Staging<E> {
         let (keys, values) = head.split_at_mut(CHUNK * self.k_dim);
         keys[t * self.k_dim..][..self.k_dim].copy_from_slice(k);
         values[t * self.v_dim..][..self.v_dim].copy_from_slice(v);
+    }
+
+    /// Sample `i` of a chunk, `(2, k_dim)`.
+    pub fn sample(&self, chunk: u32, head: usize, i: usize) -> &[E] {
+        &self.chunks[chunk as usize][self.sample_at(head, i)..][..2 * self.k_dim]
+    }
+
+    /// Write one sample.
+    pub fn write_sample(&mut self, chunk: u32, head: usize, i: usize, sample: &[E]) {
+        let at = self.sample_at(head, i);
+        self.chunks[chunk as usize][at..][..2 * self.k_dim].copy_from_slice(sample);
+    }
+
+    fn sample_at(&self, head: usize, i: usize) -> usize {
+        let tokens = self.heads * CHUNK * (self.k_dim + self.v_dim);
+        tokens + head * self.samples + i * 2 * self.k_dim
     }
 }

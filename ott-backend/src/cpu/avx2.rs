@@ -12,6 +12,7 @@ use super::strip::{sum_keys, sum_values, Numbers, Strip, Sums, ROWS};
 use super::{scalar, CpuOps, Full, Keys, Values};
 use crate::config::Clip;
 use crate::quantize::{quantize_group as quantize, sum2, Affine};
+use crate::weigh::{encode_fed_back as fed_back, Feedback};
 
 /// The table, if this machine can run it.
 pub fn table() -> Option<&'static CpuOps> {
@@ -26,6 +27,7 @@ static OPS: CpuOps = CpuOps {
     factor_step: 0.0,
     l1_norm,
     quantize_group,
+    encode_fed_back,
     key_scores,
     value_sum,
     full_scores,
@@ -38,6 +40,7 @@ static OPS: CpuOps = CpuOps {
 compiled_for! {"avx2,fma,f16c":
     fn l1_norm(x: &[f32]) -> f32 = scalar::l1_norm;
     fn quantize_group(x: &[f32], weight: &[f32], bits: u8, clip: Clip, codes: &mut [u8]) -> Option<Affine> = quantize;
+    fn encode_fed_back(x: &[f32], affine: Affine, bits: u8, part: Feedback, sums: &mut [f32], codes: &mut [u8]) = fed_back;
     fn key_scores(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]) = keys_kernel;
     fn value_sum(values: &Values<'_>, p: &[f32], out: &mut [f32]) = values_kernel;
     fn full_scores(keys: Full<'_>, q: &[f32], dim: usize, scores: &mut [f32], stride: usize) = full_scores_kernel;

@@ -27,6 +27,7 @@ mod neon;
 use crate::config::Clip;
 use crate::error::{Error, Result};
 use crate::quantize::Affine;
+use crate::weigh::Feedback;
 
 pub use full::Full;
 
@@ -77,6 +78,9 @@ pub struct Values<'a> {
 /// Numbers, their weights, bits, range search, codes; the scale and min.
 pub type QuantizeGroup = fn(&[f32], &[f32], u8, Clip, &mut [u8]) -> Option<Affine>;
 
+/// Numbers, scale and min, bits, feedback, sums of errors by token, codes.
+pub type EncodeFedBack = fn(&[f32], Affine, u8, Feedback, &mut [f32], &mut [u8]);
+
 /// One implementation of the inner loops.
 #[derive(Debug)]
 pub struct CpuOps {
@@ -89,6 +93,8 @@ pub struct CpuOps {
     pub l1_norm: fn(x: &[f32]) -> f32,
     /// [`quantize_group`](crate::quantize::quantize_group).
     pub quantize_group: QuantizeGroup,
+    /// [`encode_fed_back`](crate::weigh::encode_fed_back).
+    pub encode_fed_back: EncodeFedBack,
     /// Scores of queries `q (n, k_dim)`: `scores (n, tokens)` are overwritten.
     pub key_scores: fn(keys: &Keys<'_>, q: &[f32], k_dim: usize, scores: &mut [f32]),
     /// Add weighted values: weights `p (n, tokens)`, `out (n, v_dim)`.

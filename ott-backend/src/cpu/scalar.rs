@@ -9,6 +9,7 @@ use super::{CpuOps, Full, Keys, Values};
 use crate::layout::MAX_DIM;
 use crate::pack::{packed_len, unpack_f32};
 use crate::quantize::{quantize_group, sum, sum2, LANES};
+use crate::weigh::encode_fed_back;
 
 /// The table.
 pub static OPS: CpuOps = CpuOps {
@@ -16,6 +17,7 @@ pub static OPS: CpuOps = CpuOps {
     factor_step: 0.0,
     l1_norm,
     quantize_group,
+    encode_fed_back,
     key_scores,
     value_sum,
     full_scores,

@@ -139,7 +139,7 @@ pub fn ours(data: &Data, ops: &'static CpuOps) -> Result<(&'static str, Cache<f1
     };
     cache.begin(&[row])?;
     let tokens = |x| Tokens::contiguous(x, case.depth, case.dim);
-    cache.append(LAYER, &row, &tokens(&data.k), &tokens(&data.v))?;
+    cache.append(LAYER, &row, None, &tokens(&data.k), &tokens(&data.v))?;
     Ok((ops.name, cache))
 }
 

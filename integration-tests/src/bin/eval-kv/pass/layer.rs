@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 use half::f16;
 use mistralrs_kv_backend::{KvAttn, KvLayer};
 use ott_backend::attention::{decode, Queries};
-use ott_backend::cache::{Cache, LayerSpec, Row, Tokens};
+use ott_backend::cache::{Cache, LayerSpec, NewQueries, Row, Tokens};
 use ott_backend::cpu::Full;
 use ott_backend::rotate::rotate;
 use ott_backend::{CpuOps, Element, OttConfig, PageLayout, Rotation};
@@ -165,8 +165,12 @@ impl Kept {
             };
             self.cache.begin(&[row])?;
             let from = |x, dim| of_step(x, new, done, dim);
-            self.cache
-                .append(0, &row, &from(&k[..], k_dim), &from(&v[..], v_dim))?;
+            let asked = NewQueries {
+                tokens: from(&q[..], k_dim),
+                num_heads,
+            };
+            let (keys, values) = (from(&k[..], k_dim), from(&v[..], v_dim));
+            self.cache.append(0, &row, Some(&asked), &keys, &values)?;
             let mut queries = Vec::with_capacity(num_heads * step * k_dim);
             for head in 0..num_heads {
                 let head = &q[(head * new + done) * k_dim..][..step * k_dim];
