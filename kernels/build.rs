@@ -9,12 +9,12 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Sources, and how they round: codes must be equal bit for bit to the CPU's, so that `seal` may not contract products
-/// and sums; weights below the smallest normal number may be 0 in attention.
+/// Sources, and how they round: codes and what is kept of queries must be equal bit for bit to the CPU's, so that `seal`
+/// and `store` may not contract products and sums; weights below the smallest normal number may be 0 in attention.
 const SOURCES: [(&str, &str); 6] = [
     ("probe", "--fmad=true"),
     ("count", "--fmad=true"),
-    ("store", "--fmad=true"),
+    ("store", "--fmad=false"),
     ("seal", "--fmad=false"),
     ("decode", "--fmad=true"),
     ("decode_mma", "--ftz=true"),

@@ -31,15 +31,18 @@ struct Row {
 struct Layer {
     uint8_t* pages;          // (num_blocks, kv_heads, head_bytes)
     uint8_t* staging;        // (chunks, kv_heads, keys (32, k_dim) then values (32, v_dim))
+    uint8_t* samples;        // (chunks, kv_heads, 2 sampled tokens, means (k_dim) then roots (k_dim)); none without `weigh`
     uint8_t* traced;         // (places, key (k_dim) then value (v_dim))
     const uint32_t* places;  // (num_blocks, kv_heads, outliers): the places of a page's traced tokens
     uint32_t* status;        // set to 1 where a number cannot be quantized
     uint32_t kv_heads, k_dim, v_dim, group, k_bits, v_bits, outliers, extra, clip;
     uint32_t boosted;        // key channels with one more bit
     uint32_t rotate;         // 1: values are kept in another basis (rotate.cuh)
+    uint32_t weigh;          // 1: errors of keys are weighed by samples of queries (sample.cuh)
+    uint32_t num_heads;      // query heads
 };
 
-// New keys or values of a step: strides in elements, channels side by side.
+// New queries, keys or values of a step: strides in elements, channels side by side.
 struct Fresh {
     const void* data;
     int64_t row, head, token;

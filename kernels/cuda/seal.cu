@@ -1,7 +1,8 @@
-// Seal the groups that leave the window: trace, quantize, then give the worst key channels one more bit. New values are
-// those that `ott_rotate` has turned, where values are rotated. Bit for bit what the CPU's scalar code makes
-// (docs/layout.md, "Equal bits"): compiled without contraction, sums in the same lanes, true divisions.
-#include "cache.cuh"
+// Seal the groups that leave the window: trace, quantize, give the worst key channels one more bit, then let the codes of
+// a key make up for each other, where errors are weighed by queries. New values are those that `ott_rotate` has turned,
+// where values are rotated. Bit for bit what the CPU's scalar code makes (docs/layout.md, "Equal bits"): compiled without
+// contraction, sums in the same lanes, true divisions.
+#include "sample.cuh"
 
 namespace ott {
 
@@ -357,16 +358,41 @@ __device__ void quantize(const Layer& l, const Row* rows, const uint32_t* tables
     }
 }
 
-// One more bit for the channels whose error at `k_bits` is largest, of equals the lower.
+// What errors of the group's keys count (ott-backend/src/weigh.rs): each channel's mean query, where `mean` is given, and
+// its mean square. The floor of a channel's weight, to each thread of the block; 0 if there is nothing to weigh by.
+template <class E>
+__device__ float weights(const Group<E>& group, const Fresh& q, float* mean, float* square) {
+    const Layer& l = group.l;
+    const int k_dim = l.k_dim, samples = l.group / SAMPLED;
+    for (int c = threadIdx.x; c < k_dim; c += blockDim.x) {
+        float means = 0.0f, squares = 0.0f;
+        for (int i = 0; i < samples; ++i) {
+            const int position = group.start + (i + 1) * SAMPLED - 1;
+            const Sample<E> sample = unsealed_sample<E>(l, group.row, q, group.r, group.head, position, c);
+            const float root = to_float(sample.root);
+            means += to_float(sample.mean);
+            squares += root * root;
+        }
+        if (mean != nullptr) mean[c] = __fdiv_rn(means, static_cast<float>(samples));
+        square[c] = __fdiv_rn(squares, static_cast<float>(samples));
+    }
+    __syncthreads();
+    float sum = 0.0f;
+    for (int c = threadIdx.x % LANES; c < k_dim; c += LANES) sum += square[c];
+    const float floor = __fdiv_rn(lane_sum(sum), static_cast<float>(64 * k_dim));
+    return isfinite(floor) && floor > 0.0f ? floor : 0.0f;
+}
+
+// One more bit for the channels whose error at `k_bits` counts most, of equals the lower.
 // grid (kv_heads, groups), BOOSTERS threads; after `quantize`
 constexpr int BOOSTERS = 512;
 constexpr int MAX_BOOSTED = MAX_DIM / 2;
 
 template <class E>
-__device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, const uint2* groups, const Fresh& k,
-                      const Fresh& v) {
+__device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, const uint2* groups, const Fresh& q,
+                      const Fresh& k, const Fresh& v) {
     __shared__ uint8_t codes[BOOSTERS / LANES][MAX_GROUP];
-    __shared__ float error[MAX_DIM];
+    __shared__ float error[MAX_DIM], square[MAX_DIM];
     __shared__ uint8_t wins[MAX_DIM];
     __shared__ uint16_t chosen[MAX_BOOSTED];
     const int half = threadIdx.x / LANES, lane = threadIdx.x % LANES;
@@ -374,6 +400,7 @@ __device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, c
     const Group<E> group(l, rows, tables, groups[blockIdx.y], k, v, blockIdx.x);
     const PageLayout& layout = group.layout;
     const int count = (l.group - lane + LANES - 1) / LANES;
+    const bool weighed = l.weigh && weights(group, q, nullptr, square) > 0.0f;
     // Both half warps of a warp go through all shuffles, the last of them for nothing where channels are odd.
     for (int c = half; c < align_up(k_dim, BOOSTERS / LANES); c += BOOSTERS / LANES) {
         const int channel = min(c, k_dim - 1);
@@ -381,7 +408,11 @@ __device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, c
         const uint32_t mask = group.channel(channel, lane, x);
         const Affine a = {reinterpret_cast<const __half*>(group.page + layout.k_scale)[channel],
                           reinterpret_cast<const __half*>(group.page + layout.k_min)[channel]};
-        const float sum = lane_sum(lane_error(x, mask, count, a, static_cast<float>((1 << l.k_bits) - 1)));
+        float sum = lane_sum(lane_error(x, mask, count, a, static_cast<float>((1 << l.k_bits) - 1)));
+        if (weighed) sum *= square[channel];
+        // Of a group that cannot be sealed: its channels have ranks all the same, so that no more are chosen than there
+        // are places.
+        if (isnan(sum)) sum = INFINITY;
         if (lane == 0 && c < k_dim) error[c] = sum;
     }
     __syncthreads();
@@ -412,6 +443,76 @@ __device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, c
     }
 }
 
+// Channels whose codes are chosen before they are packed.
+constexpr int MADE_UP = 32;
+
+// Codes of keys once more, so that channels make up for each other's errors: boosted ones first, then the others, each in
+// ascending order. Codes of traced tokens, which nobody reads, stay.
+// grid (kv_heads, groups), 128 threads, each has a token; after `boost`
+template <class E>
+__device__ void make_up(const Layer& l, const Row* rows, const uint32_t* tables, const uint2* groups, const Fresh& q,
+                        const Fresh& k, const Fresh& v) {
+    __shared__ float mean[MAX_DIM], square[MAX_DIM], gain[MAX_DIM];
+    __shared__ uint16_t order[MAX_DIM];
+    __shared__ uint8_t codes[MADE_UP][MAX_GROUP];
+    const Group<E> group(l, rows, tables, groups[blockIdx.y], k, v, blockIdx.x);
+    const PageLayout& layout = group.layout;
+    const int k_dim = l.k_dim, boosted = l.boosted, bits = l.k_bits, tokens = l.group, t = threadIdx.x;
+    const int low = packed_len(tokens, bits), high = packed_len(tokens, 1);
+    uint8_t *lows = group.page + layout.k_codes, *highs = group.page + layout.k_high;
+    const float floor = weights(group, q, mean, square);
+    if (floor == 0.0f) return;
+    for (int c = t; c < k_dim; c += blockDim.x) {
+        int before = 0;
+        bool own = false;
+        for (int i = 0; i < boosted; ++i) {
+            const int other = boosted_channel(group.page + layout.k_boosted, i);
+            before += other < c;
+            own |= other == c;
+        }
+        order[own ? before : boosted + c - before] = static_cast<uint16_t>(c);
+    }
+    __syncthreads();
+    if (t == 0) {
+        // What later channels, the first in this loop, leave of the direction's weight.
+        float left = 1.0f;
+        for (int i = k_dim - 1; i >= 0; --i) {
+            const float m = mean[order[i]];
+            const float own = fmaxf(square[order[i]] - m * m, 0.0f) + floor;
+            const float all = own + left * (m * m);
+            gain[i] = __fdiv_rn(left * m, all);
+            left = __fdiv_rn(left * own, all);
+        }
+    }
+    const bool stays = t < tokens && group.is_traced(t);
+    const E* key = t < tokens ? group.token(t).k : nullptr;
+    // What the errors of the channels before come to.
+    float sum = 0.0f;
+    for (int from = 0; from < k_dim; from += MADE_UP) {
+        const int width = min(MADE_UP, k_dim - from);
+        __syncthreads();
+        for (int n = 0; n < width && t < tokens; ++n) {
+            const int place = from + n, c = order[place];
+            const bool more = place < boosted;
+            if (stays) {
+                const uint32_t bit = more ? bit_at(highs + place * high, tokens, t) : 0;
+                codes[n][t] = static_cast<uint8_t>(code_at(lows + c * low, tokens, bits, t) | bit << bits);
+                continue;
+            }
+            const float scale = half_at(group.page + layout.k_scale, c), min = half_at(group.page + layout.k_min, c);
+            const float levels = static_cast<float>((1 << (bits + more)) - 1), x = to_float(key[c]);
+            const float code = scale == 0.0f ? 0.0f : code_of(x + gain[place] * sum, scale, min, levels);
+            codes[n][t] = static_cast<uint8_t>(code);
+            sum += mean[c] * (x - (code * scale + min));
+        }
+        __syncthreads();
+        for (int j = t; j < width * low; j += blockDim.x)
+            lows[order[from + j / low] * low + j % low] = packed_byte(codes[j / low], tokens, bits, j % low);
+        for (int j = t; j < min(width, boosted - from) * high; j += blockDim.x)
+            highs[from * high + j] = packed_bits(codes[j / high], tokens, bits, 1, j % high);
+    }
+}
+
 }  // namespace ott
 
 #define OTT_SEAL(suffix, E)                                                                                   \
@@ -425,9 +526,14 @@ __device__ void boost(const Layer& l, const Row* rows, const uint32_t* tables, c
         ott::quantize<E>(l, rows, tables, groups, k, v);                                                      \
     }                                                                                                         \
     extern "C" __global__ void __launch_bounds__(ott::BOOSTERS) ott_boost_##suffix(                           \
-        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const uint2* groups, ott::Fresh k,        \
-        ott::Fresh v) {                                                                                       \
-        ott::boost<E>(l, rows, tables, groups, k, v);                                                         \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const uint2* groups, ott::Fresh q,        \
+        ott::Fresh k, ott::Fresh v) {                                                                         \
+        ott::boost<E>(l, rows, tables, groups, q, k, v);                                                      \
+    }                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(128) ott_make_up_##suffix(                                   \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const uint2* groups, ott::Fresh q,        \
+        ott::Fresh k, ott::Fresh v) {                                                                         \
+        ott::make_up<E>(l, rows, tables, groups, q, k, v);                                                    \
     }
 OTT_SEAL(f16, __half)
 OTT_SEAL(bf16, __nv_bfloat16)

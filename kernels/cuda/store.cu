@@ -1,12 +1,14 @@
 // Store the new tokens that stay in the window. Those that leave it at once are sealed from where they are (seal.cu),
-// which must run before this: a chunk that seal reads may be given to this step's window. Values are rotated on the way.
+// which must run before this: a chunk that seal reads may be given to this step's window. Values are rotated on the way,
+// and samples of queries are kept. Compiled without contraction: samples are the CPU's, bit for bit.
 #include "rotate.cuh"
+#include "sample.cuh"
 
 namespace ott {
 
 // grid (tokens of the longest row, kv_heads, rows), a block copies one token of one head
 template <class E>
-__device__ void store(Layer l, const Row* rows, Fresh k, Fresh v) {
+__device__ void store(Layer l, const Row* rows, Fresh q, Fresh k, Fresh v) {
     __shared__ float shared[ROTATORS];
     const Row& row = rows[blockIdx.z];
     const int head = blockIdx.y, fresh = blockIdx.x;
@@ -31,6 +33,14 @@ __device__ void store(Layer l, const Row* rows, Fresh k, Fresh v) {
     } else {
         for (int c = threadIdx.x; c < static_cast<int>(l.v_dim); c += blockDim.x) keep(c, value[c]);
     }
+    if (l.weigh && at % SAMPLED == SAMPLED - 1) {
+        E* kept = sample_in_chunk<E>(l, row.chunk[at / CHUNK], at % CHUNK, head);
+        for (int c = threadIdx.x; c < static_cast<int>(l.k_dim); c += blockDim.x) {
+            const Sample<E> sample = sample_of<E>(l, q, blockIdx.z, head, fresh, c);
+            kept[c] = sample.mean;
+            kept[l.k_dim + c] = sample.root;
+        }
+    }
     // Its group would fail when it is sealed: say so now.
     if (!fits) *l.status = 1;
 }
@@ -51,8 +61,8 @@ __device__ void rotate_all(Fresh from, E* to, uint32_t v_dim) {
 
 #define OTT_STORE(suffix, E)                                                                                    \
     extern "C" __global__ void __launch_bounds__(128)                                                           \
-        ott_store_##suffix(ott::Layer l, const ott::Row* rows, ott::Fresh k, ott::Fresh v) {                    \
-        ott::store<E>(l, rows, k, v);                                                                           \
+        ott_store_##suffix(ott::Layer l, const ott::Row* rows, ott::Fresh q, ott::Fresh k, ott::Fresh v) {      \
+        ott::store<E>(l, rows, q, k, v);                                                                        \
     }                                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) ott_rotate_##suffix(ott::Fresh from, E* to, uint32_t v_dim) { \
         ott::rotate_all<E>(from, to, v_dim);                                                                    \

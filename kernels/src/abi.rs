@@ -57,6 +57,8 @@ pub struct Layer {
     pub pages: u64,
     /// `(chunks, kv_heads, keys (32, k_dim) then values (32, v_dim))`.
     pub staging: u64,
+    /// `(chunks, kv_heads, 2, means (k_dim) then roots (k_dim))` of queries; 0 if keys are not weighed by them.
+    pub samples: u64,
     /// `(places, key (k_dim) then value (v_dim))`.
     pub traced: u64,
     /// `(num_blocks, kv_heads, outliers)`.
@@ -85,9 +87,13 @@ pub struct Layer {
     pub boosted: u32,
     /// Whether values are kept in another basis.
     pub rotate: u32,
+    /// Whether errors of keys are weighed by samples of queries.
+    pub weigh: u32,
+    /// Query heads.
+    pub num_heads: u32,
 }
 
-/// New keys or values: strides in numbers.
+/// New queries, keys or values: strides in numbers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Fresh {
@@ -99,6 +105,16 @@ pub struct Fresh {
     pub head: i64,
     /// From a token to the next.
     pub token: i64,
+}
+
+impl Fresh {
+    /// Nothing comes, or nobody said what.
+    pub const NOTHING: Self = Self {
+        data: 0,
+        row: 0,
+        head: 0,
+        token: 0,
+    };
 }
 
 /// A part of one row's context: pages whose blocks are `tables[from..to]`, or tokens `from..to` of the window.

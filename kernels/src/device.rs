@@ -23,7 +23,7 @@ unsafe impl DeviceRepr for Fresh {}
 unsafe impl DeviceRepr for Query {}
 
 /// Fields of all structs, and sections of a page.
-const PROBED: usize = 5 + 11 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
+const PROBED: usize = 6 + 13 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
 /// Threads of every block.
 const THREADS: u32 = 128;
 /// Layers whose faults are told apart.
@@ -199,6 +199,8 @@ pub struct DeviceLayer {
     /// Pages of all blocks.
     pub pages: CudaSlice<u8>,
     staging: CudaSlice<u8>,
+    /// Beside each chunk of the window, samples of its tokens' queries.
+    samples: Option<CudaSlice<u8>>,
     traced: CudaSlice<u8>,
     /// Places of traced tokens by block: each block has its own.
     pub places: CudaSlice<u32>,
@@ -209,6 +211,7 @@ pub struct DeviceLayer {
     trace: CudaFunction,
     quantize: CudaFunction,
     boost: CudaFunction,
+    make_up: CudaFunction,
     rotate: CudaFunction,
     clear_decode: CudaFunction,
     narrow_decode: Option<Tuned>,
@@ -315,6 +318,10 @@ impl DeviceLayer {
         Ok(Self {
             pages: stream.alloc_zeros(num_blocks * shape.page_bytes())?,
             staging: stream.alloc_zeros(chunks.max(1) * shape.chunk_bytes(dtype.size()))?,
+            samples: match shape.weigh {
+                true => Some(stream.alloc_zeros(chunks.max(1) * shape.sample_bytes(dtype.size()))?),
+                false => None,
+            },
             traced: stream.alloc_zeros(places * shape.width() * dtype.size())?,
             places: stream.clone_htod(&own)?,
             faults: Arc::clone(&kernels.faults),
@@ -324,6 +331,7 @@ impl DeviceLayer {
             trace: kernel(&kernels.seal, "trace")?,
             quantize: kernel(&kernels.seal, "quantize")?,
             boost: kernel(&kernels.seal, "boost")?,
+            make_up: kernel(&kernels.seal, "make_up")?,
             rotate: kernel(&kernels.store, "rotate")?,
             clear_decode: kernel(&kernels.decode, "decode")?,
             narrow_decode: narrow,
@@ -351,15 +359,17 @@ impl DeviceLayer {
     pub fn allocated_bytes(&self) -> usize {
         self.pages.num_bytes()
             + self.staging.num_bytes()
+            + self.samples.as_ref().map_or(0, CudaSlice::num_bytes)
             + self.traced.num_bytes()
             + self.places.num_bytes()
     }
 
-    /// Seal the groups that leave the window and store the rest of the new tokens. Values come in the model's basis.
+    /// Seal the groups that leave the window and store the rest of the new tokens. Values come in the model's basis. `q`
+    /// are these tokens' queries, by which errors of keys are weighed; with [`Fresh::NOTHING`] all channels count alike.
     ///
     /// # Errors
     /// If the driver fails.
-    pub fn append(&self, plan: &DevicePlan, k: Fresh, v: Fresh) -> Result<()> {
+    pub fn append(&self, plan: &DevicePlan, q: Fresh, k: Fresh, v: Fresh) -> Result<()> {
         let layer = self.abi();
         if plan.num_groups > 0 && plan.seals_new && self.shape.rotate {
             let shape = (plan.num_rows, self.shape.num_kv_heads, plan.longest);
@@ -367,11 +377,11 @@ impl DeviceLayer {
             // SAFETY: `rotate` writes all of it before anything reads.
             let rotated = unsafe { self.stream.alloc::<u8>(len) }?;
             let turned = self.rotate(shape, v, address(&rotated, &self.stream))?;
-            self.seal(plan, &layer, k, turned)?;
+            self.seal(plan, &layer, q, k, turned)?;
         } else if plan.num_groups > 0 {
-            self.seal(plan, &layer, k, v)?;
+            self.seal(plan, &layer, q, k, v)?;
         }
-        self.store(plan, &layer, k, v)
+        self.store(plan, &layer, q, k, v)
     }
 
     /// Values `(rows, kv_heads, tokens, v_dim)` from one basis into the other; `to` is contiguous and may be where they
@@ -396,7 +406,7 @@ impl DeviceLayer {
         })
     }
 
-    fn seal(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+    fn seal(&self, plan: &DevicePlan, layer: &Layer, q: Fresh, k: Fresh, v: Fresh) -> Result<()> {
         let shape = &self.shape;
         let (heads, groups) = (shape.num_kv_heads as u32, plan.num_groups as u32);
         if shape.outliers > 0 {
@@ -415,7 +425,7 @@ impl DeviceLayer {
         if shape.boosted > 0 {
             let mut launch = self.stream.launch_builder(&self.boost);
             let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
-            let args = args.arg(&plan.groups).arg(&k).arg(&v);
+            let args = args.arg(&plan.groups).arg(&q).arg(&k).arg(&v);
             let grid = LaunchConfig {
                 block_dim: (BOOSTERS, 1, 1),
                 ..grid(heads, groups, 1)
@@ -423,17 +433,25 @@ impl DeviceLayer {
             // SAFETY: as above.
             unsafe { args.launch(grid) }?;
         }
+        if shape.weigh {
+            let mut launch = self.stream.launch_builder(&self.make_up);
+            let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
+            let args = args.arg(&plan.groups).arg(&q).arg(&k).arg(&v);
+            // SAFETY: as above.
+            unsafe { args.launch(grid(heads, groups, 1)) }?;
+        }
         Ok(())
     }
 
-    fn store(&self, plan: &DevicePlan, layer: &Layer, k: Fresh, v: Fresh) -> Result<()> {
+    fn store(&self, plan: &DevicePlan, layer: &Layer, q: Fresh, k: Fresh, v: Fresh) -> Result<()> {
         if plan.longest == 0 {
             return Ok(());
         }
         let heads = self.shape.num_kv_heads as u32;
         let (longest, rows) = (plan.longest as u32, plan.num_rows as u32);
         let mut launch = self.stream.launch_builder(&self.store);
-        let args = launch.arg(layer).arg(&plan.words).arg(&k).arg(&v);
+        let args = launch.arg(layer).arg(&plan.words);
+        let args = args.arg(&q).arg(&k).arg(&v);
         // SAFETY: as above.
         unsafe { args.launch(grid(longest, heads, rows)) }?;
         Ok(())
@@ -576,6 +594,10 @@ impl DeviceLayer {
         Layer {
             pages: address(&self.pages, &self.stream),
             staging: address(&self.staging, &self.stream),
+            samples: self
+                .samples
+                .as_ref()
+                .map_or(0, |samples| address(samples, &self.stream)),
             traced: address(&self.traced, &self.stream),
             places: address(&self.places, &self.stream),
             status: self.faults.address(self.shape.layer),
@@ -590,6 +612,8 @@ impl DeviceLayer {
             clip: shape.clip,
             boosted: shape.boosted as u32,
             rotate: shape.rotate.into(),
+            weigh: shape.weigh.into(),
+            num_heads: self.num_heads as u32,
         }
     }
 }

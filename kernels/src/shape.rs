@@ -2,6 +2,9 @@
 
 use crate::plan::CHUNK;
 
+/// Of so many tokens the last one's queries are sampled.
+pub const SAMPLED: usize = 16;
+
 /// One layer's shape and settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerShape {
@@ -29,6 +32,8 @@ pub struct LayerShape {
     pub boosted: usize,
     /// Whether values are kept in another basis.
     pub rotate: bool,
+    /// Whether errors of keys are weighed by samples of queries.
+    pub weigh: bool,
     /// Bytes of one head's part of a page.
     pub head_bytes: usize,
 }
@@ -57,5 +62,13 @@ impl LayerShape {
     /// Bytes of one chunk of the window.
     pub fn chunk_bytes(&self, size: usize) -> usize {
         CHUNK * self.num_kv_heads * self.width() * size
+    }
+
+    /// Bytes of the samples that are kept of a chunk's queries.
+    pub fn sample_bytes(&self, size: usize) -> usize {
+        match self.weigh {
+            true => CHUNK / SAMPLED * self.num_kv_heads * 2 * self.k_dim * size,
+            false => 0,
+        }
     }
 }

@@ -6,16 +6,16 @@ use std::sync::Arc;
 use anyhow::{ensure, Result};
 use half::{bf16, f16};
 use ott_backend::attention::{decode, Queries};
-use ott_backend::cache::{Cache, Element, LayerSpec, Row, Tokens};
+use ott_backend::cache::{Cache, Element, LayerSpec, NewQueries, Row, Tokens};
 use ott_backend::rotate::rotate;
-use ott_backend::{CpuOps, OttConfig, PageLayout, Rotation};
+use ott_backend::{CpuOps, OttConfig, PageLayout, Rotation, Weigh};
 use ott_kernels::abi::{self, Fresh, Layer, Query, PARTIAL};
 use ott_kernels::blocks::{Blocks, Step};
 use ott_kernels::plan::Plan;
 use ott_kernels::shape::LayerShape;
 
 use crate::device::{address, Attention, DeviceLayer, DevicePlan, Dtype, Kernels};
-use crate::paint::{keys, values, Noise};
+use crate::paint::{keys, queries, values, Noise};
 
 /// Largest difference allowed, relative to the row's largest number: the clear kernels add in f32 and round once; the
 /// tensor-core kernel has factors of 16 bits.
@@ -36,9 +36,26 @@ struct Case {
     prompts: &'static [usize],
     /// Decode steps after them.
     steps: usize,
+    /// Steps that a prompt comes in.
+    pieces: usize,
+    /// The one of them whose queries are not given.
+    silent: Option<usize>,
 }
 
-const CASES: [Case; 22] = [
+/// Prompts in one step.
+const WHOLE: Case = Case {
+    options: "",
+    dim: 128,
+    kv_heads: 1,
+    ratio: 1,
+    softcap: 0.0,
+    prompts: &[],
+    steps: 0,
+    pieces: 1,
+    silent: None,
+};
+
+const CASES: [Case; 33] = [
     Case {
         options: "",
         dim: 128,
@@ -47,6 +64,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[1, 159, 160, 1000, 3000],
         steps: 4,
+        ..WHOLE
     },
     Case {
         options: "paper",
@@ -56,6 +74,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[127, 128, 129, 700, 2500],
         steps: 40,
+        ..WHOLE
     },
     Case {
         options: "",
@@ -65,6 +84,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[31, 288, 1500],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "boost=0,clip=k",
@@ -74,6 +94,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[400, 1100],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "rotate=none",
@@ -83,6 +104,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[400, 1100],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "boost=0,rotate=none",
@@ -92,6 +114,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[400, 1100],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "boost=32",
@@ -101,6 +124,7 @@ const CASES: [Case; 22] = [
         softcap: 30.0,
         prompts: &[700, 1500],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "boost=13",
@@ -110,6 +134,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[700],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "boost=1,residual=0",
@@ -119,6 +144,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[700, 128],
         steps: 40,
+        ..WHOLE
     },
     Case {
         options: "bits=4",
@@ -128,6 +154,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[500, 1300],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "bits=4,rotate=none",
@@ -137,6 +164,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[500, 1300],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "bits=3",
@@ -146,6 +174,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[900],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "k_bits=3,rotate=none",
@@ -155,6 +184,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[900, 333],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "k_bits=4",
@@ -164,6 +194,7 @@ const CASES: [Case; 22] = [
         softcap: 30.0,
         prompts: &[900, 333],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "v_bits=4",
@@ -173,6 +204,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[900, 333],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "bits=3,boost=12",
@@ -182,6 +214,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[900, 333],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "bits=4,boost=12",
@@ -191,6 +224,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[900, 333],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "outliers=0",
@@ -200,6 +234,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[2000],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "outliers=16,extra=40,exempt_layers=0",
@@ -209,6 +244,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[2000],
         steps: 3,
+        ..WHOLE
     },
     Case {
         options: "group=32,residual=32,bits=8",
@@ -218,6 +254,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[200, 77],
         steps: 40,
+        ..WHOLE
     },
     Case {
         options: "group=32,boost=20",
@@ -227,6 +264,7 @@ const CASES: [Case; 22] = [
         softcap: 0.0,
         prompts: &[200, 77],
         steps: 10,
+        ..WHOLE
     },
     Case {
         options: "group=64",
@@ -236,6 +274,120 @@ const CASES: [Case; 22] = [
         softcap: 20.0,
         prompts: &[300],
         steps: 3,
+        ..WHOLE
+    },
+    Case {
+        options: "weigh=none",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 1,
+        prompts: &[500, 160],
+        steps: 3,
+        ..WHOLE
+    },
+    Case {
+        options: "weigh=none,group=32,boost=9",
+        dim: 72,
+        kv_heads: 1,
+        ratio: 7,
+        prompts: &[200],
+        steps: 40,
+        pieces: 3,
+        ..WHOLE
+    },
+    // Samples from the window and new ones in one group.
+    Case {
+        options: "",
+        dim: 128,
+        kv_heads: 1,
+        ratio: 3,
+        prompts: &[600, 335],
+        steps: 40,
+        pieces: 4,
+        ..WHOLE
+    },
+    Case {
+        options: "boost=0",
+        dim: 64,
+        kv_heads: 2,
+        ratio: 1,
+        prompts: &[300, 520],
+        steps: 3,
+        pieces: 3,
+        ..WHOLE
+    },
+    Case {
+        options: "group=32,residual=0",
+        dim: 72,
+        kv_heads: 2,
+        ratio: 7,
+        prompts: &[131, 77],
+        steps: 40,
+        pieces: 5,
+        ..WHOLE
+    },
+    Case {
+        options: "paper,weigh=q",
+        dim: 64,
+        kv_heads: 2,
+        ratio: 3,
+        prompts: &[127, 700],
+        steps: 40,
+        pieces: 2,
+        ..WHOLE
+    },
+    Case {
+        options: "bits=3,boost=5,group=32",
+        dim: 72,
+        kv_heads: 2,
+        ratio: 3,
+        prompts: &[203, 90],
+        steps: 5,
+        pieces: 3,
+        ..WHOLE
+    },
+    Case {
+        options: "bits=4,boost=20,clip=k,group=32,outliers=16,extra=254",
+        dim: 64,
+        kv_heads: 1,
+        ratio: 7,
+        prompts: &[203, 90],
+        steps: 5,
+        pieces: 2,
+        ..WHOLE
+    },
+    Case {
+        options: "k_bits=8,group=64",
+        dim: 72,
+        kv_heads: 1,
+        ratio: 3,
+        prompts: &[300],
+        steps: 3,
+        pieces: 2,
+        ..WHOLE
+    },
+    // Some groups without queries, some with a few.
+    Case {
+        options: "",
+        dim: 64,
+        kv_heads: 1,
+        ratio: 7,
+        prompts: &[1280],
+        steps: 3,
+        pieces: 4,
+        silent: Some(1),
+        ..WHOLE
+    },
+    Case {
+        options: "boost=0,group=32,k_bits=3",
+        dim: 128,
+        kv_heads: 2,
+        ratio: 1,
+        prompts: &[250, 200],
+        steps: 40,
+        pieces: 3,
+        silent: Some(2),
+        ..WHOLE
     },
 ];
 
@@ -322,9 +474,10 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
         let layer = Layer {
             pages: 1 << 40,
             staging: 2 << 40,
-            traced: 3 << 40,
-            places: 4 << 40,
-            status: 5 << 40,
+            samples: 3 << 40,
+            traced: 4 << 40,
+            places: 5 << 40,
+            status: 6 << 40,
             kv_heads: 3,
             k_dim: k_dim as u32,
             v_dim: v_dim as u32,
@@ -336,6 +489,8 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             clip: 1,
             boosted: layout.boosted as u32,
             rotate: 77,
+            weigh: 78,
+            num_heads: 79,
         };
         let row = abi::Row {
             past: 11,
@@ -384,7 +539,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             layout.head_bytes,
         ];
         let expected = [
-            (1..6).map(|i| i << 40).collect(),
+            (1..7).map(|i| i << 40).collect(),
             numbers(&[
                 layer.kv_heads,
                 layer.k_dim,
@@ -397,6 +552,8 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
                 layer.clip,
                 layer.boosted,
                 layer.rotate,
+                layer.weigh,
+                layer.num_heads,
             ]),
             numbers(&[11, 12, 13, 14, 15]),
             numbers(&row.chunk_before),
@@ -452,6 +609,7 @@ pub fn shape(spec: &LayerSpec) -> LayerShape {
         clip: config.clip as u32,
         boosted: layout.boosted,
         rotate: config.rotation == Rotation::Values,
+        weigh: config.weigh == Weigh::Queries,
         head_bytes: layout.head_bytes,
     }
 }
@@ -482,10 +640,14 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
     }
     let mut past = vec![0; case.prompts.len()];
     let (mut worst, mut traced) = ([0f64; KERNELS.len()], 0);
-    for step in 0..=case.steps {
-        let new: Vec<usize> = match step {
-            0 => case.prompts.to_vec(),
-            _ => vec![1; past.len()],
+    let all = case.pieces + case.steps;
+    for step in 0..all {
+        let decodes = step >= case.pieces;
+        let piece =
+            |prompt: &usize| prompt * (step + 1) / case.pieces - prompt * step / case.pieces;
+        let new: Vec<usize> = match decodes {
+            false => case.prompts.iter().map(piece).collect(),
+            true => vec![1; past.len()],
         };
         let tokens = new.iter().copied().max().unwrap_or(0);
         let paint = |noise: &mut Noise, is_key: bool| -> Vec<E> {
@@ -497,8 +659,12 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
             rows.map(|x| E::of(x.to_f32())).collect()
         };
         let (k, v) = (paint(&mut noise, true), paint(&mut noise, false));
-        let q = values(&mut noise, past.len() * num_heads * dim);
+        let q = match decodes {
+            false => queries(&mut noise, past.len() * num_heads, tokens, dim),
+            true => values(&mut noise, past.len() * num_heads * dim),
+        };
         let q: Vec<E> = q.into_iter().map(|x| E::of(x.to_f32())).collect();
+        let asked = case.silent != Some(step);
 
         let rows: Vec<Row<'_>> = (0..past.len())
             .map(|r| Row {
@@ -511,12 +677,18 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         cpu.begin(&rows)?;
         let width = heads * tokens * dim;
         for (r, row) in rows.iter().enumerate() {
-            let of_row = |x: &'_ [E]| x[r * width..(r + 1) * width].to_vec();
-            let (k, mut v) = (of_row(&k), of_row(&v));
+            let of_row = |x: &'_ [E], width: usize| x[r * width..(r + 1) * width].to_vec();
+            let (k, mut v) = (of_row(&k, width), of_row(&v, width));
             turn(&mut v, dim, &spec.config);
+            let q = of_row(&q, case.ratio * width);
+            let asking = NewQueries {
+                tokens: Tokens::contiguous(&q, tokens, dim),
+                num_heads,
+            };
             cpu.append(
                 0,
                 row,
+                asked.then_some(&asking),
                 &Tokens::contiguous(&k, tokens, dim),
                 &Tokens::contiguous(&v, tokens, dim),
             )?;
@@ -533,20 +705,26 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         let (lanes, slots) = gpu.lanes_and_slots();
         let plan = DevicePlan::upload(&Plan::new(&states, group, lanes, slots), lanes, stream)?;
         let (k, v) = (stream.clone_htod(&k)?, stream.clone_htod(&v)?);
-        let fresh = |data| Fresh {
+        let device_q = stream.clone_htod(&q)?;
+        let fresh = |data, heads: usize| Fresh {
             data,
-            row: width as i64,
+            row: (heads * tokens * dim) as i64,
             head: (tokens * dim) as i64,
             token: dim as i64,
         };
+        let asking = match asked {
+            true => fresh(address(&device_q, stream), num_heads),
+            false => Fresh::NOTHING,
+        };
         gpu.append(
             &plan,
-            fresh(address(&k, stream)),
-            fresh(address(&v, stream)),
+            asking,
+            fresh(address(&k, stream), heads),
+            fresh(address(&v, stream), heads),
         )?;
         gpu.check()?;
 
-        if step > 0 {
+        if decodes {
             let scale = 1.0 / (dim as f32).sqrt();
             let wide: Vec<f32> = q.iter().map(|x| x.wide() * scale).collect();
             let softcap = (case.softcap > 0.0).then_some(case.softcap);
@@ -561,7 +739,6 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
             if spec.config.rotation == Rotation::Values {
                 expected.chunks_exact_mut(dim).for_each(rotate);
             }
-            let device_q = stream.clone_htod(&q)?;
             let out = stream.clone_htod(&vec![E::of(f32::NAN); q.len()])?;
             let sums = stream.clone_htod(&vec![
                 f32::NAN;
@@ -597,7 +774,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         past.iter_mut()
             .zip(&new)
             .for_each(|(past, new)| *past += new);
-        if step == 0 || step == case.steps {
+        if !decodes || step + 1 == all {
             traced = same_pages(&cpu, &gpu, &tables, stream)?;
             same_past(
                 &cpu,
@@ -753,7 +930,14 @@ fn same_past<E: Number>(
 }
 
 fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
-    for (bad, tokens) in [(f32::NAN, 200), (1e6, 200), (f32::INFINITY, 5)] {
+    // Bad numbers of token 3: one, or all.
+    let cases = [
+        (f32::NAN, 1, 200),
+        (f32::NAN, 64, 200),
+        (1e6, 1, 200),
+        (f32::INFINITY, 1, 5),
+    ];
+    for (bad, count, tokens) in cases {
         let spec = spec("", 1, 64)?;
         let stream = kernels.stream();
         let gpu = DeviceLayer::new(kernels, shape(&spec), Dtype::F32, 1, 4, 10)?;
@@ -766,18 +950,24 @@ fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
         let states = states.begin(&[step])?;
         let plan = DevicePlan::upload(&Plan::new(&states, 128, 1, 100), 1, stream)?;
         let mut numbers = vec![0.5f32; tokens * 64];
-        numbers[3 * 64 + 5] = bad;
+        let q = stream.clone_htod(&numbers)?;
+        numbers[3 * 64 + 64 - count..4 * 64].fill(bad);
         let numbers = stream.clone_htod(&numbers)?;
-        let fresh = Fresh {
-            data: address(&numbers, stream),
+        let fresh = |x| Fresh {
+            data: address(x, stream),
             row: 0,
             head: 0,
             token: 64,
         };
-        gpu.append(&plan, fresh, fresh)?;
+        gpu.append(&plan, fresh(&q), fresh(&numbers), fresh(&numbers))?;
         ensure!(
             gpu.check().is_err(),
             "{bad} among {tokens} tokens must be refused"
+        );
+        let beside = gpu.page(2)?;
+        ensure!(
+            beside.iter().all(|b| *b == 0),
+            "what cannot be sealed wrote into the page beside it"
         );
     }
     Ok(())

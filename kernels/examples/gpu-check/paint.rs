@@ -44,6 +44,21 @@ pub fn keys(noise: &mut Noise, heads: usize, tokens: usize, dim: usize) -> Vec<f
     all
 }
 
+/// Queries `(heads, tokens, dim)` that share a direction, of each head its own.
+pub fn queries(noise: &mut Noise, heads: usize, tokens: usize, dim: usize) -> Vec<f16> {
+    let mut all = Vec::with_capacity(heads * tokens * dim);
+    for head in 0..heads {
+        for _ in 0..tokens {
+            for c in 0..dim {
+                let level = [0.8, -0.3, 1.1, 0.0, -0.6][(c + head) % 5];
+                let width = [0.3, 1.2, 0.1, 0.7, 2.0, 0.5, 0.9][c % 7];
+                all.push(f16::from_f32(level + noise.number() * width));
+            }
+        }
+    }
+    all
+}
+
 /// Numbers between -1 and 1.
 pub fn values(noise: &mut Noise, len: usize) -> Vec<f16> {
     (0..len).map(|_| f16::from_f32(noise.number())).collect()

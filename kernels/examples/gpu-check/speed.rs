@@ -133,7 +133,7 @@ fn cell(
     let page_bytes = spec.layout.page_bytes();
     let block_places = kv_heads * spec.layout.outliers;
     for layer in &layers {
-        layer.append(&plan, fresh(&k), fresh(&v))?;
+        layer.append(&plan, Fresh::NOTHING, fresh(&k), fresh(&v))?;
         layer.check()?;
         for block in sealed + 1..num_blocks {
             let from = 1 + sealed / 2 + (block - 1) % (sealed - sealed / 2);

@@ -93,7 +93,9 @@ impl<'a> Cached<'a> {
             if !prompt {
                 return Ok(step.decode(layer, q, k, v, attn)?);
             }
-            // The same attention for prompts everywhere, so that what differs is the cache's.
+            // The same attention for prompts everywhere, so that what differs is the cache's; it sees the queries all the
+            // same.
+            step.prefill(layer, q, k, v, attn)?;
             step.append(layer, k, v)?;
             causal(q, k, v)
         })

@@ -15,14 +15,6 @@ use super::tensor::kernel_dtype;
 use crate::cache::{check_tables, LayerSpec, LayerStats, Row, NO_BLOCK};
 use crate::error::{Error, Result};
 
-/// Nothing new comes.
-const NOTHING: Fresh = Fresh {
-    data: 0,
-    row: 0,
-    head: 0,
-    token: 0,
-};
-
 /// What changes between steps, on the host's side.
 struct State {
     blocks: Blocks,
@@ -276,7 +268,7 @@ impl CudaCache {
         for (layer, device_layer) in self.layers.iter().enumerate() {
             let tables = tables.of(self, layer);
             device_layer
-                .append(tables, NOTHING, NOTHING)
+                .append(tables, Fresh::NOTHING, Fresh::NOTHING, Fresh::NOTHING)
                 .map_err(failed)?;
         }
         Ok(())

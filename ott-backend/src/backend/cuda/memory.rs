@@ -7,7 +7,7 @@ use ott_kernels::shape::LayerShape;
 
 use super::tensor::kernel_dtype;
 use crate::cache::LayerSpec;
-use crate::config::Rotation;
+use crate::config::{Rotation, Weigh};
 use crate::error::{Error, Result};
 
 /// Words of a row in a step's tables, and of all paddings between them.
@@ -31,6 +31,7 @@ pub fn shapes(specs: &[LayerSpec]) -> Vec<LayerShape> {
             clip: config.clip as u32,
             boosted: layout.boosted,
             rotate: config.rotation == Rotation::Values,
+            weigh: config.weigh == Weigh::Queries,
             head_bytes: layout.head_bytes,
         }
     };
@@ -87,9 +88,8 @@ pub fn memory(specs: &[LayerSpec], shape: &KvShape) -> Result<KvMemory> {
     })?;
     let shapes = shapes(specs);
     let windows = shapes.iter().zip(specs).map(|(layer, spec)| {
-        layer
-            .chunk_bytes(dtype.size())
-            .saturating_mul(chunks(spec, shape.max_seqs).max(1))
+        let chunk = layer.chunk_bytes(dtype.size()) + layer.sample_bytes(dtype.size());
+        chunk.saturating_mul(chunks(spec, shape.max_seqs).max(1))
     });
     let windows = windows.fold(0, usize::saturating_add);
     let beside = sums(shape) * size_of::<f32>() + tables(shape) + FAULTS;

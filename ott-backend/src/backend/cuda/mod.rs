@@ -6,7 +6,7 @@ mod memory;
 mod step;
 mod tensor;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::Result;
 use mistralrs_kv_backend::{KvCacheBackend, KvPlan, KvStats, KvStep};
@@ -52,6 +52,7 @@ impl KvCacheBackend for CudaBackend {
         Ok(Arc::new(CudaStep {
             cache: Arc::clone(&self.cache),
             tables,
+            queries: Mutex::default(),
             plan,
         }))
     }

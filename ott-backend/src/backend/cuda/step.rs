@@ -2,7 +2,7 @@
 
 use std::f32::consts::LOG2_E;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Result, Tensor};
 use mistralrs_kv_backend::{KvAttn, KvPlan, KvStep};
@@ -17,6 +17,8 @@ use crate::error::Error;
 pub struct CudaStep {
     pub(super) cache: Arc<CudaCache>,
     pub(super) tables: Tables,
+    /// Of the layer whose prompt the host attended to last, until its tokens are stored.
+    pub(super) queries: Mutex<Option<(usize, Tensor)>>,
     pub(super) plan: KvPlan,
 }
 
@@ -31,6 +33,20 @@ impl fmt::Debug for CudaStep {
 impl KvStep for CudaStep {
     fn plan(&self) -> &KvPlan {
         &self.plan
+    }
+
+    fn prefill(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: KvAttn,
+    ) -> Result<Option<Tensor>> {
+        if self.cache.layer(layer).map_err(seam)?.shape.weigh {
+            *self.last_queries() = Some((layer, q.clone()));
+        }
+        Ok(None)
     }
 
     fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
@@ -73,24 +89,8 @@ impl KvStep for CudaStep {
     }
 
     fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let device_layer = self.cache.layer(layer).map_err(seam)?;
-        let (shape, dtype) = (&device_layer.shape, self.cache.dtype);
-        let (num_rows, new) = (self.plan.rows.len(), self.longest());
-        let k = Rows::new(
-            "k",
-            k,
-            (num_rows, shape.num_kv_heads, new, shape.k_dim),
-            dtype,
-        )?;
-        let v = Rows::new(
-            "v",
-            v,
-            (num_rows, shape.num_kv_heads, new, shape.v_dim),
-            dtype,
-        )?;
-        let tables = self.tables.of(&self.cache, layer);
-        let stored = k.with(|k| v.with(|v| device_layer.append(tables, k, v)))??;
-        stored.map_err(failed).map_err(seam)
+        let q = self.remembered(layer);
+        self.store(layer, q.as_ref(), k, v)
     }
 
     fn decode(
@@ -101,7 +101,7 @@ impl KvStep for CudaStep {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Tensor> {
-        self.append(layer, k, v)?;
+        self.store(layer, Some(q), k, v)?;
         if let Some(row) = self.plan.rows.iter().find(|row| row.new != 1) {
             let (seq, new) = (row.seq, row.new);
             return Err(seam(Error::DecodedTokens { seq, new }));
@@ -141,6 +141,37 @@ impl KvStep for CudaStep {
 }
 
 impl CudaStep {
+    /// The queries of the prompt whose keys are stored now, if the host attended to it beside this step.
+    fn remembered(&self, layer: usize) -> Option<Tensor> {
+        let last = self.last_queries().take();
+        last.filter(|(of, _)| *of == layer).map(|(_, q)| q)
+    }
+
+    fn last_queries(&self) -> MutexGuard<'_, Option<(usize, Tensor)>> {
+        self.queries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Store the new tokens of all rows in one layer.
+    fn store(&self, layer: usize, q: Option<&Tensor>, k: &Tensor, v: &Tensor) -> Result<()> {
+        let device_layer = self.cache.layer(layer).map_err(seam)?;
+        let (shape, dtype) = (&device_layer.shape, self.cache.dtype);
+        let (num_rows, new) = (self.plan.rows.len(), self.longest());
+        let of = |heads, dim| (num_rows, heads, new, dim);
+        // Nobody asks for them where keys are not weighed.
+        let q = q.filter(|_| shape.weigh);
+        let q = q.map(|q| Rows::new("q", q, of(device_layer.num_heads, shape.k_dim), dtype));
+        let q = q.transpose()?;
+        let k = Rows::new("k", k, of(shape.num_kv_heads, shape.k_dim), dtype)?;
+        let v = Rows::new("v", v, of(shape.num_kv_heads, shape.v_dim), dtype)?;
+        let tables = self.tables.of(&self.cache, layer);
+        let store = |q| k.with(|k| v.with(|v| device_layer.append(tables, q, k, v)));
+        let stored = match &q {
+            Some(q) => q.with(store)?,
+            None => store(Fresh::NOTHING),
+        };
+        stored??.map_err(failed).map_err(seam)
+    }
+
     /// Most new tokens of a row.
     fn longest(&self) -> usize {
         let rows = self.plan.rows.iter();
