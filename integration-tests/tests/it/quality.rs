@@ -22,9 +22,9 @@ struct Budget {
     top1: f64,
 }
 
-/// About twice what was measured: 0.0000, 0.0029, 0.0069, 0.038, 0.132, 0.183 nats, and 100, 97, 94, 89, 77, 70 %.
-/// 104 positions make a noisy mean.
-const BUDGETS: [Budget; 6] = [
+/// About one and a half times what was measured: 0.0000, 0.0027, 0.0066, 0.028, 0.032, 0.139, 0.189 nats, and 100, 99, 98,
+/// 92, 89, 76, 73 %. 104 positions make a noisy mean.
+const BUDGETS: [Budget; 7] = [
     Budget {
         spec: "toy-f32",
         divergence: 1e-4,
@@ -32,28 +32,33 @@ const BUDGETS: [Budget; 6] = [
     },
     Budget {
         spec: "ott:bits=8",
-        divergence: 0.006,
-        top1: 0.95,
+        divergence: 0.005,
+        top1: 0.96,
     },
     Budget {
         spec: "ott:bits=4",
-        divergence: 0.015,
-        top1: 0.9,
+        divergence: 0.011,
+        top1: 0.94,
     },
     Budget {
         spec: "ott",
-        divergence: 0.08,
-        top1: 0.78,
+        divergence: 0.045,
+        top1: 0.85,
+    },
+    Budget {
+        spec: "ott:weigh=none",
+        divergence: 0.05,
+        top1: 0.82,
     },
     Budget {
         spec: "ott:paper",
-        divergence: 0.26,
-        top1: 0.62,
+        divergence: 0.21,
+        top1: 0.66,
     },
     Budget {
         spec: "ott:paper,outliers=0",
-        divergence: 0.37,
-        top1: 0.55,
+        divergence: 0.29,
+        top1: 0.62,
     },
 ];
 /// How much farther off the paper's setting is without tracing, at least; measured 1.39.

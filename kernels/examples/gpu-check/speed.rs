@@ -1,4 +1,4 @@
-//! How long decode attention takes, beside a copy of the same bytes.
+//! How long decode attention takes, beside a copy of the same bytes; and how long a prompt takes to be sealed.
 
 use std::sync::Arc;
 
@@ -19,6 +19,8 @@ use crate::paint::{keys, values, Noise};
 const GROUP: usize = 128;
 /// Bytes that layers must have together, so that no cell is read from the L2 cache.
 const COLD: usize = 400 << 20;
+/// Tokens of a prompt that is sealed.
+const PROMPT: usize = 8192;
 /// Measured runs; the median counts.
 const RUNS: usize = 15;
 
@@ -59,7 +61,66 @@ pub fn run(kernels: &Kernels, quick: bool, only: Option<[usize; 4]>) -> Result<V
             }
         }
     }
-    Ok(json!({ "copy_bytes_per_second": copy, "cells": cells }))
+    let mut sealed = Vec::new();
+    println!(
+        "sealing a prompt of {PROMPT} tokens, one layer, 8 kv heads of 128, GQA 4: us (min..max)"
+    );
+    for options in ["paper", "clip=k,weigh=none", "weigh=none", ""] {
+        let times = sealing(kernels, options)?;
+        let (median, least, most) = (times[RUNS / 2], times[0], times[RUNS - 1]);
+        let micros = |seconds: f64| seconds * 1e6;
+        println!(
+            "{options:18} {:8.1}  ({:.1}..{:.1})",
+            micros(median),
+            micros(least),
+            micros(most)
+        );
+        sealed.push(json!({
+            "options": options, "tokens": PROMPT, "seconds": median, "least": least, "most": most,
+        }));
+    }
+    Ok(json!({ "copy_bytes_per_second": copy, "cells": cells, "sealing": sealed }))
+}
+
+/// Seconds that one layer takes to store a prompt, sorted.
+fn sealing(kernels: &Kernels, options: &str) -> Result<Vec<f64>> {
+    let (kv_heads, num_heads, dim) = (8, 32, 128);
+    let stream = kernels.stream();
+    let config = OttConfig::parse(options)?;
+    let spec = LayerSpec {
+        layer: 5,
+        config,
+        layout: PageLayout::new(&config, 5, kv_heads, dim, dim)?,
+        ops: CpuOps::available()[0],
+    };
+    let shape = crate::conformance::shape(&spec);
+    let (num_blocks, chunks) = (1 + PROMPT.div_ceil(GROUP), 2 * GROUP / 32);
+    let layer = DeviceLayer::new(kernels, shape, Dtype::F16, num_heads, num_blocks, chunks)?;
+    let mut noise = Noise::new(1);
+    let k = stream.clone_htod(&keys(&mut noise, kv_heads, PROMPT, dim))?;
+    let v = stream.clone_htod(&values(&mut noise, kv_heads * PROMPT * dim))?;
+    let q = stream.clone_htod(&values(&mut noise, num_heads * PROMPT * dim))?;
+    let table: Vec<usize> = (1..num_blocks).collect();
+    let mut blocks = Blocks::new(num_blocks, chunks, GROUP, config.residual);
+    let step = Step {
+        past: 0,
+        new: PROMPT,
+        table: &table,
+    };
+    let plan = DevicePlan::upload(&Plan::new(&blocks.begin(&[step])?, GROUP, 1, 1), 1, stream)?;
+    let fresh = |x: &CudaSlice<f16>| Fresh {
+        data: address(x, stream),
+        row: 0,
+        head: (PROMPT * dim) as i64,
+        token: dim as i64,
+    };
+    // The same pages again and again.
+    let mut times = time(stream, || {
+        layer.append(&plan, fresh(&q), fresh(&k), fresh(&v))
+    })?;
+    layer.check()?;
+    times.sort_by(f64::total_cmp);
+    Ok(times)
 }
 
 struct Cell {
