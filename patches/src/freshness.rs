@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::project::Project;
 use crate::registry::hex;
-use crate::tasks::host_target;
+use crate::tasks::{cargo_root, host_target, run};
 
 /// The path dependencies of the host's workspace, whose builds do not depend on where the checkout lies.
 const SOURCES: [&str; 3] = [
@@ -25,6 +25,30 @@ const SOURCES: [&str; 3] = [
 /// The workspace's own package knows its path (tests name files by it): built anew for each checkout.
 const OWN: &str = "integration-tests";
 const CHECKOUT: &str = "checkout";
+
+/// The root workspace's packages: tests know the path of the checkout that built them.
+const ROOT: [&str; 4] = [
+    "ott-backend",
+    "ott-kernels",
+    "ott-patches",
+    "mistralrs-kv-backend",
+];
+
+/// Forgets what another checkout built of the root workspace in a target folder that both use: its tests would look for
+/// their snapshots there.
+pub fn forget_moved(project: &Project) -> Result<()> {
+    let set = std::env::var_os("CARGO_TARGET_DIR").filter(|dir| !dir.is_empty());
+    let target = set.map_or_else(|| project.root.join("target"), PathBuf::from);
+    let (stamp, here) = (target.join("ott-checkout"), project.root.to_string_lossy());
+    if fs::read_to_string(&stamp).is_ok_and(|last| last == here) {
+        return Ok(());
+    }
+    let packages = ROOT.iter().flat_map(|name| ["--package", name]);
+    let args: Vec<&str> = std::iter::once("clean").chain(packages).collect();
+    run("cargo clean", cargo_root(project, &args)?)?;
+    fs::create_dir_all(&target)?;
+    fs::write(&stamp, &*here).with_context(|| format!("writing {}", stamp.display()))
+}
 
 /// Brings the sources' times in line with the build in the host's target folder.
 pub fn restore(project: &Project) -> Result<()> {

@@ -49,6 +49,7 @@ pub fn verify(project: &Project, fast: bool) -> Result<()> {
     })?;
     steps.step("CUDA kernels, compiled", || nvcc::check_kernels(project))?;
     steps.step("unit tests", || {
+        freshness::forget_moved(project)?;
         run(
             "cargo test",
             cargo_root(project, &["test", "--workspace", "--locked"])?,
