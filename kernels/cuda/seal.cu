@@ -39,11 +39,25 @@ __device__ float l1_norm(const E* x, int n) {
     return lane[0];
 }
 
-// Which tokens of each group are traced (ott-backend/src/cache/trace.rs), one block for a row's head: groups follow
-// each other. Writes the trace section of each page and keeps the tokens.
-// grid (kv_heads, rows), 128 threads
+// Magnitudes of the groups that leave the window, a token each thread: what `trace`, whose groups follow each other, would
+// wait for. `to`: (groups, kv_heads, MAX_GROUP)
+// grid (kv_heads, groups), 128 threads
 template <class E>
-__device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k, Fresh v) {
+__device__ void magnitudes(const Layer& l, const Row* rows, const uint2* groups, const Fresh& k, const Fresh& v,
+                           float* to) {
+    const uint2 where = groups[blockIdx.y];
+    const int head = blockIdx.x, t = threadIdx.x, position = where.y * l.group + t;
+    if (t >= static_cast<int>(l.group)) return;
+    const float magnitude = l1_norm(unsealed<E>(l, rows[where.x], k, v, where.x, head, position).k, l.k_dim);
+    if (!isfinite(magnitude)) *l.status = 1;
+    to[(blockIdx.y * l.kv_heads + head) * MAX_GROUP + t] = magnitude;
+}
+
+// Which tokens of each group are traced (ott-backend/src/cache/trace.rs), one block for a row's head: groups follow
+// each other. Writes the trace section of each page and keeps the tokens. Groups of a step are in the order of rows.
+// grid (kv_heads, rows), 128 threads; after `magnitudes`
+template <class E>
+__device__ void trace(Layer l, const Row* rows, const uint32_t* tables, const float* magnitudes, Fresh k, Fresh v) {
     __shared__ float magnitude[MAX_GROUP];
     __shared__ float pool[MAX_POOL], next_pool[MAX_POOL];
     __shared__ uint32_t place[MAX_POOL];
@@ -54,6 +68,8 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
     if (n == 0 || row.sealed_before >= row.sealed) return;
     const PageLayout layout = page_layout(l);
     const uint32_t* table = tables + row.table;
+    uint32_t first = 0;
+    for (uint32_t r = 0; r < blockIdx.y; ++r) first += rows[r].sealed - min(rows[r].sealed, rows[r].sealed_before);
 
     if (row.sealed_before > 0) {
         const uint8_t* before = head_part(l, table[row.sealed_before - 1], head, layout.head_bytes) + layout.trace;
@@ -63,18 +79,30 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
         if (t < n) pool[t] = INFINITY;
         if (t == 0) extra = 0;
     }
+    __syncthreads();
     for (uint32_t g = row.sealed_before; g < row.sealed; ++g) {
-        if (t < group) {
-            Token<E> token = unsealed<E>(l, row, k, v, blockIdx.y, head, g * group + t);
-            magnitude[t] = l1_norm(token.k, l.k_dim);
-            if (!isfinite(magnitude[t])) *l.status = 1;
+        uint8_t* page = head_part(l, table[g], head, layout.head_bytes) + layout.trace;
+        uint8_t* slots = page + 4 * n;
+        const size_t of_group = static_cast<size_t>(first + g - row.sealed_before) * l.kv_heads + head;
+        const float mine = t < group ? magnitudes[of_group * MAX_GROUP + t] : 0.0f;
+        // Padding is zero: a page is compared byte by byte.
+        if (static_cast<size_t>(5 * n + 1 + t) < layout.k_high - layout.trace) page[5 * n + 1 + t] = 0;
+        // Most groups have nobody who is smaller than the pool's largest member, and change nothing.
+        const bool contends = t < group && (mine < pool[n - 1] || !isfinite(mine));
+        if (!__syncthreads_or(extra != STOPPED && contends)) {
+            if (t < n) {
+                reinterpret_cast<float*>(page)[t] = pool[t];
+                slots[t] = NO_SLOT;
+            }
+            if (t == 0) page[5 * n] = static_cast<uint8_t>(extra);
+            continue;
         }
+        if (t < group) magnitude[t] = mine;
         if (t == 0) displaced = 0;
         // What has no magnitude has no rank: nothing of such a group is traced, and its request ends with an error.
         const bool ranked = __syncthreads_and(t >= group || isfinite(magnitude[t]));
         // Rank among members and tokens; of equals the older is before, a member before a token.
         int rank = 0;
-        const float mine = t < group ? magnitude[t] : 0.0f;
         for (int i = 0; i < n; ++i) rank += pool[i] <= mine;
         for (int i = 0; i < group; ++i) rank += magnitude[i] < mine || (magnitude[i] == mine && i < t);
         const bool win = t < group && rank < n;
@@ -100,8 +128,6 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
         __syncthreads();
         if (tracing && t < n) pool[t] = next_pool[t];
 
-        uint8_t* page = head_part(l, table[g], head, layout.head_bytes) + layout.trace;
-        uint8_t* slots = page + 4 * n;
         const uint32_t* places = l.places + (static_cast<size_t>(table[g]) * l.kv_heads + head) * n;
         int order = 0, count = 0;
         for (int i = 0; i < group; ++i) {
@@ -114,8 +140,6 @@ __device__ void trace(Layer l, const Row* rows, const uint32_t* tables, Fresh k,
             place[t] = places[t];
         }
         if (t == 0) page[5 * n] = static_cast<uint8_t>(extra);
-        // Padding is zero: a page is compared byte by byte.
-        if (static_cast<size_t>(5 * n + 1 + t) < layout.k_high - layout.trace) page[5 * n + 1 + t] = 0;
         __syncthreads();
         if (t < group && wins[t]) {
             slots[order] = static_cast<uint8_t>(t);
@@ -516,9 +540,14 @@ __device__ void make_up(const Layer& l, const Row* rows, const uint32_t* tables,
 }  // namespace ott
 
 #define OTT_SEAL(suffix, E)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(128) ott_magnitudes_##suffix(                                \
+        ott::Layer l, const ott::Row* rows, const uint2* groups, ott::Fresh k, ott::Fresh v, float* to) {     \
+        ott::magnitudes<E>(l, rows, groups, k, v, to);                                                        \
+    }                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) ott_trace_##suffix(                                     \
-        ott::Layer l, const ott::Row* rows, const uint32_t* tables, ott::Fresh k, ott::Fresh v) {             \
-        ott::trace<E>(l, rows, tables, k, v);                                                                 \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, const float* magnitudes, ott::Fresh k,    \
+        ott::Fresh v) {                                                                                       \
+        ott::trace<E>(l, rows, tables, magnitudes, k, v);                                                     \
     }                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) ott_quantize_##suffix(                                  \
         ott::Layer l, const ott::Row* rows, const uint32_t* tables, const uint2* groups, ott::Fresh k,        \

@@ -28,6 +28,8 @@ const PROBED: usize = 6 + 13 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 
 const THREADS: u32 = 128;
 /// Layers whose faults are told apart.
 const LAYERS: usize = 1024;
+/// Most tokens of a page.
+const MAX_GROUP: usize = 128;
 /// Threads of a block that gives third bits.
 const BOOSTERS: u32 = 512;
 /// Half warps of a block: groups that `quantize` takes at once.
@@ -208,6 +210,7 @@ pub struct DeviceLayer {
     stream: Arc<CudaStream>,
     count: CudaFunction,
     store: CudaFunction,
+    magnitudes: CudaFunction,
     trace: CudaFunction,
     quantize: CudaFunction,
     boost: CudaFunction,
@@ -328,6 +331,7 @@ impl DeviceLayer {
             stream: Arc::clone(stream),
             count: kernels.count.load_function("ott_count")?,
             store: kernel(&kernels.store, "store")?,
+            magnitudes: kernel(&kernels.seal, "magnitudes")?,
             trace: kernel(&kernels.seal, "trace")?,
             quantize: kernel(&kernels.seal, "quantize")?,
             boost: kernel(&kernels.seal, "boost")?,
@@ -410,11 +414,19 @@ impl DeviceLayer {
         let shape = &self.shape;
         let (heads, groups) = (shape.num_kv_heads as u32, plan.num_groups as u32);
         if shape.outliers > 0 {
+            let len = plan.num_groups * shape.num_kv_heads * MAX_GROUP;
+            // SAFETY: `magnitudes` writes what `trace` reads.
+            let mut magnitudes = unsafe { self.stream.alloc::<f32>(len) }?;
+            let mut launch = self.stream.launch_builder(&self.magnitudes);
+            let args = launch.arg(layer).arg(&plan.words).arg(&plan.groups);
+            let args = args.arg(&k).arg(&v).arg(&mut magnitudes);
+            // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
+            unsafe { args.launch(grid(heads, groups, 1)) }?;
             let mut launch = self.stream.launch_builder(&self.trace);
             let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
-            let grid = grid(heads, plan.num_rows as u32, 1);
-            // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
-            unsafe { args.arg(&k).arg(&v).launch(grid) }?;
+            let args = args.arg(&magnitudes).arg(&k).arg(&v);
+            // SAFETY: as above.
+            unsafe { args.launch(grid(heads, plan.num_rows as u32, 1)) }?;
         }
         let per_group = (shape.k_dim + shape.group_size).div_ceil(HALF_WARPS) as u32;
         let mut launch = self.stream.launch_builder(&self.quantize);

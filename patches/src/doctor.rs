@@ -80,7 +80,8 @@ fn get(address: &str, path: &str) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&socket, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     // 1.0: the answer comes whole, and then the connection ends.
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+    let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer).into_owned();
@@ -101,9 +102,13 @@ mod tests {
         let address = listener.local_addr()?.to_string();
         let server = std::thread::spawn(move || -> Result<()> {
             let (mut stream, _) = listener.accept()?;
-            let mut request = [0; 512];
-            let len = stream.read(&mut request)?;
-            ensure!(request[..len].starts_with(b"GET /v1/kv_cache HTTP/1.0\r\n"));
+            let (mut request, mut part) = (Vec::new(), [0; 512]);
+            while !request.ends_with(b"\r\n\r\n") {
+                let len = stream.read(&mut part)?;
+                ensure!(len > 0, "half a request");
+                request.extend_from_slice(&part[..len]);
+            }
+            ensure!(request.starts_with(b"GET /v1/kv_cache HTTP/1.0\r\n"));
             Ok(stream.write_all(answer.as_bytes())?)
         });
         let body = get(&address, "/v1/kv_cache");
