@@ -97,6 +97,8 @@ pub struct Engine {
 impl Engine {
     /// Load a GGUF file or a folder of safetensors on the CPU, offline.
     pub async fn load(path: &Path, setup: &Setup) -> Result<Self> {
+        // The host takes a file's folder apart from its name, and a name alone has none.
+        let path = &std::path::absolute(path)?;
         let model = match path.is_dir() {
             true => folder_builder(path, setup)?.build().await?,
             false => builder(path, setup)?.build().await?,

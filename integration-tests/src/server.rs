@@ -35,6 +35,7 @@ pub fn free_port() -> Result<u16> {
 pub fn gguf_args(path: &Path) -> Vec<String> {
     let folder = path
         .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
         .unwrap_or(Path::new("."))
         .to_string_lossy()
         .into_owned();

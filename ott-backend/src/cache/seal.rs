@@ -216,7 +216,8 @@ fn quantize_keys(
     }
     let channel = |x: &[f32], bits: u8| -> Option<Channel> {
         let mut codes = vec![0u8; group];
-        let affine = quantize_channel(spec, x, &weight, bits, &mut codes)?;
+        let how = (spec.config.clip, Spread::Variance);
+        let affine = quantize_group(spec, (x, &weight), bits, how, &mut codes)?;
         Some(Channel {
             bits,
             affine,
@@ -294,18 +295,18 @@ fn write_keys(layout: &PageLayout, boosted: &[usize], channels: &mut [Channel], 
     }
 }
 
-/// One key channel of a group.
-fn quantize_channel(
+/// One group of keys or values: codes from ranges searched as `clip` says, and, if values' ranges are
+/// searched too, read back with this spread.
+fn quantize_group(
     spec: &LayerSpec,
-    x: &[f32],
-    weight: &[f32],
+    (x, weight): (&[f32], &[f32]),
     bits: u8,
+    (clip, spread): (Clip, Spread),
     codes: &mut [u8],
 ) -> Option<Affine> {
-    let clip = spec.config.clip;
     let affine = (spec.ops.quantize_group)(x, weight, bits, clip, codes)?;
     Some(match clip {
-        Clip::Both => stretched(x, weight, codes, affine, Spread::Variance),
+        Clip::Both => stretched(x, weight, codes, affine, spread),
         Clip::None | Clip::Keys => affine,
     })
 }
@@ -323,21 +324,17 @@ fn quantize_values(spec: &LayerSpec, v: &[f32], bytes: &mut [u8]) -> Option<()> 
     let layout = &spec.layout;
     let bits = layout.v_bits;
     let weight = vec![1f32; layout.v_dim];
+    let clip = match spec.config.clip {
+        Clip::Keys => Clip::None,
+        clip => clip,
+    };
     let mut codes = vec![0u8; layout.v_dim];
     for (t, x) in v.chunks_exact(layout.v_dim).enumerate() {
         for group in 0..layout.v_groups() {
             let channels = layout.v_group(group);
             let (x, codes) = (&x[channels.clone()], &mut codes[channels.clone()]);
             let weight = &weight[channels.clone()];
-            let affine = match spec.config.clip {
-                Clip::Both => {
-                    let affine = (spec.ops.quantize_group)(x, weight, bits, Clip::Both, codes)?;
-                    stretched(x, weight, codes, affine, Spread::Gain)
-                }
-                Clip::None | Clip::Keys => {
-                    (spec.ops.quantize_group)(x, weight, bits, Clip::None, codes)?
-                }
-            };
+            let affine = quantize_group(spec, (x, weight), bits, (clip, Spread::Gain), codes)?;
             let at = t * layout.v_token_bytes() + packed_len(channels.start, bits);
             let packed = &mut bytes[layout.v_codes.clone()][at..];
             pack(codes, bits, &mut packed[..packed_len(channels.len(), bits)]);
