@@ -88,17 +88,23 @@ pub fn run(kernels: &Kernels, quick: bool, only: Option<[usize; 4]>) -> Result<V
     Ok(json!({ "copy_bytes_per_second": copy, "cells": cells, "sealing": sealed }))
 }
 
-/// Seconds that one layer takes to store a prompt, sorted.
-fn sealing(kernels: &Kernels, options: &str) -> Result<Vec<f64>> {
-    let (kv_heads, num_heads, dim) = (8, 32, 128);
-    let stream = kernels.stream();
+/// A layer that traces.
+fn layer_spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
     let config = OttConfig::parse(options)?;
-    let spec = LayerSpec {
+    Ok(LayerSpec {
         layer: 5,
         config,
         layout: PageLayout::new(&config, 5, kv_heads, dim, dim)?,
         ops: CpuOps::available()[0],
-    };
+    })
+}
+
+/// Seconds that one layer takes to store a prompt, sorted.
+fn sealing(kernels: &Kernels, options: &str) -> Result<Vec<f64>> {
+    let (kv_heads, num_heads, dim) = (8, 32, 128);
+    let stream = kernels.stream();
+    let spec = layer_spec(options, kv_heads, dim)?;
+    let config = spec.config;
     let shape = crate::conformance::shape(&spec);
     let (num_blocks, chunks) = (1 + PROMPT.div_ceil(GROUP), 2 * GROUP / 32);
     let layer = DeviceLayer::new(kernels, shape, Dtype::F16, num_heads, num_blocks, chunks)?;
@@ -148,13 +154,8 @@ fn cell(
     depth: usize,
 ) -> Result<Cell> {
     let stream = kernels.stream();
-    let config = OttConfig::parse(options)?;
-    let spec = LayerSpec {
-        layer: 5,
-        config,
-        layout: PageLayout::new(&config, 5, kv_heads, dim, dim)?,
-        ops: CpuOps::available()[0],
-    };
+    let spec = layer_spec(options, kv_heads, dim)?;
+    let config = spec.config;
     let pages = (depth - config.residual) / GROUP;
     let num_blocks = 1 + batch * (pages + 1);
     let bytes = batch * pages * spec.layout.page_bytes();

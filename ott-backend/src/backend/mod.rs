@@ -7,7 +7,7 @@ mod stats;
 mod tensor;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Result, Tensor};
 use mistralrs_kv_backend::{KvAttn, KvCacheBackend, KvPlan, KvStats, KvStep};
@@ -17,7 +17,7 @@ pub use tensor::Activation;
 
 use crate::attention::{decode, Queries};
 use crate::cache::{Cache, LayerStats, NewQueries, Row};
-use crate::config::{OttConfig, Rotation};
+use crate::config::{OttConfig, Rotation, Weigh};
 use crate::error::Error;
 use crate::prompt::{attend, NewTokens, Scores};
 use crate::rotate::rotate;
@@ -72,7 +72,7 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
             cache: Arc::clone(&self.cache),
             rotation: self.config.rotation,
             num_heads: Arc::clone(&self.num_heads),
-            queries: Mutex::default(),
+            queries: LastQueries::default(),
             plan,
         }))
     }
@@ -109,8 +109,7 @@ struct OttStep<E> {
     cache: Arc<Cache<E>>,
     rotation: Rotation,
     num_heads: Arc<[usize]>,
-    /// Of the layer whose prompt was attended to last, until its tokens are stored.
-    queries: Mutex<Option<(usize, Tensor)>>,
+    queries: LastQueries,
     plan: KvPlan,
 }
 
@@ -148,7 +147,7 @@ impl<E: Activation> KvStep for OttStep<E> {
         let v = if turned { v.rotated::<E>()? } else { v };
         let tokens = q_rows.tokens();
         let mut out = vec![E::default(); rows.len() * num_heads * tokens * layout.v_dim];
-        self.remember(layer, q);
+        self.queries.keep(layer, q);
         let scores = Scores {
             num_heads,
             scale: attn.scale,
@@ -192,7 +191,7 @@ impl<E: Activation> KvStep for OttStep<E> {
     }
 
     fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let q = self.remembered(layer);
+        let q = self.queries.take(layer);
         self.store(layer, q.as_ref(), k, v)
     }
 
@@ -230,32 +229,45 @@ impl<E: Activation> KvStep for OttStep<E> {
     }
 }
 
-impl<E: Activation> OttStep<E> {
-    /// Keep the queries of a prompt until its keys are stored.
-    fn remember(&self, layer: usize, q: &Tensor) {
-        *self.last_queries() = Some((layer, q.clone()));
+/// The queries of the layer whose prompt was attended to last, until its keys are stored.
+#[derive(Default)]
+struct LastQueries(Mutex<Option<(usize, Tensor)>>);
+
+impl LastQueries {
+    /// Keep those of a prompt.
+    fn keep(&self, layer: usize, q: &Tensor) {
+        *self.last() = Some((layer, q.clone()));
     }
 
-    /// The queries of the prompt whose keys are stored now, if it was attended to through this step.
-    fn remembered(&self, layer: usize) -> Option<Tensor> {
-        let last = self.last_queries().take();
+    /// Those of the prompt whose keys are stored now, if it was attended to through this step.
+    fn take(&self, layer: usize) -> Option<Tensor> {
+        let last = self.last().take();
         last.filter(|(of, _)| *of == layer).map(|(_, q)| q)
     }
 
-    fn last_queries(&self) -> std::sync::MutexGuard<'_, Option<(usize, Tensor)>> {
-        self.queries.lock().unwrap_or_else(PoisonError::into_inner)
+    fn last(&self) -> MutexGuard<'_, Option<(usize, Tensor)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
+impl<E: Activation> OttStep<E> {
     /// Store the new tokens of all rows in one layer.
     fn store(&self, layer: usize, q: Option<&Tensor>, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (heads, k_dim, v_dim) = {
+        let (heads, k_dim, v_dim, weigh) = {
             let cache = self.cache.layer(layer).map_err(seam)?;
-            let layout = &cache.spec().layout;
-            (layout.num_kv_heads, layout.k_dim, layout.v_dim)
+            let (layout, config) = (&cache.spec().layout, &cache.spec().config);
+            (
+                layout.num_kv_heads,
+                layout.k_dim,
+                layout.v_dim,
+                config.weigh,
+            )
         };
         let rows = rows(&self.plan);
         let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
         let num_heads = self.num_heads[layer];
+        // Nobody asks for them where keys are not weighed.
+        let q = q.filter(|_| weigh == Weigh::Queries);
         let q = q.map(|q| Rows::new::<E>("q", q, (rows.len(), num_heads, new, k_dim)));
         let q = q.transpose()?;
         let k = Rows::new::<E>("k", k, (rows.len(), heads, new, k_dim))?;

@@ -6,7 +6,7 @@ mod memory;
 mod step;
 mod tensor;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use candle_core::Result;
 use mistralrs_kv_backend::{KvCacheBackend, KvPlan, KvStats, KvStep};
@@ -14,7 +14,7 @@ use mistralrs_kv_backend::{KvCacheBackend, KvPlan, KvStats, KvStep};
 pub use cache::CudaCache;
 pub use memory::memory;
 
-use super::{rows, seam, stats, Inspect};
+use super::{rows, seam, stats, Inspect, LastQueries};
 use crate::cache::LayerStats;
 use crate::config::OttConfig;
 use step::CudaStep;
@@ -52,7 +52,7 @@ impl KvCacheBackend for CudaBackend {
         Ok(Arc::new(CudaStep {
             cache: Arc::clone(&self.cache),
             tables,
-            queries: Mutex::default(),
+            queries: LastQueries::default(),
             plan,
         }))
     }

@@ -2,13 +2,13 @@
 
 use std::f32::consts::LOG2_E;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use mistralrs_kv_backend::{KvAttn, KvPlan, KvStep};
 use ott_kernels::abi::{Fresh, Query};
 
-use super::super::{rows, seam};
+use super::super::{rows, seam, LastQueries};
 use super::cache::{failed, CudaCache, Tables};
 use super::tensor::{filled, Rows};
 use crate::error::Error;
@@ -17,8 +17,7 @@ use crate::error::Error;
 pub struct CudaStep {
     pub(super) cache: Arc<CudaCache>,
     pub(super) tables: Tables,
-    /// Of the layer whose prompt the host attended to last, until its tokens are stored.
-    pub(super) queries: Mutex<Option<(usize, Tensor)>>,
+    pub(super) queries: LastQueries,
     pub(super) plan: KvPlan,
 }
 
@@ -44,7 +43,7 @@ impl KvStep for CudaStep {
         _: KvAttn,
     ) -> Result<Option<Tensor>> {
         if self.cache.layer(layer).map_err(seam)?.shape.weigh {
-            *self.last_queries() = Some((layer, q.clone()));
+            self.queries.keep(layer, q);
         }
         Ok(None)
     }
@@ -89,7 +88,7 @@ impl KvStep for CudaStep {
     }
 
     fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let q = self.remembered(layer);
+        let q = self.queries.take(layer);
         self.store(layer, q.as_ref(), k, v)
     }
 
@@ -141,16 +140,6 @@ impl KvStep for CudaStep {
 }
 
 impl CudaStep {
-    /// The queries of the prompt whose keys are stored now, if the host attended to it beside this step.
-    fn remembered(&self, layer: usize) -> Option<Tensor> {
-        let last = self.last_queries().take();
-        last.filter(|(of, _)| *of == layer).map(|(_, q)| q)
-    }
-
-    fn last_queries(&self) -> MutexGuard<'_, Option<(usize, Tensor)>> {
-        self.queries.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Store the new tokens of all rows in one layer.
     fn store(&self, layer: usize, q: Option<&Tensor>, k: &Tensor, v: &Tensor) -> Result<()> {
         let device_layer = self.cache.layer(layer).map_err(seam)?;
