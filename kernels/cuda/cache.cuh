@@ -34,12 +34,13 @@ struct Layer {
     uint8_t* samples;        // (chunks, kv_heads, 2 sampled tokens, means (k_dim) then roots (k_dim)); none without `weigh`
     uint8_t* traced;         // (places, key (k_dim) then value (v_dim))
     const uint32_t* places;  // (num_blocks, kv_heads, outliers): the places of a page's traced tokens
-    uint32_t* status;        // set to 1 where a number cannot be quantized
+    uint32_t* faults;        // (rows of the step): see `fault`
     uint32_t kv_heads, k_dim, v_dim, group, k_bits, v_bits, outliers, extra, clip;
     uint32_t boosted;        // key channels with one more bit
     uint32_t rotate;         // 1: values are kept in another basis (rotate.cuh)
     uint32_t weigh;          // 1: errors of keys are weighed by samples of queries (sample.cuh)
     uint32_t num_heads;      // query heads
+    uint32_t number;         // of the layer
 };
 
 // New queries, keys or values of a step: strides in elements, channels side by side.
@@ -63,6 +64,16 @@ template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <>
 __device__ inline float from_float<float>(float x) { return x; }
+
+// Whether f16 holds a number, rounded: scales and mins of any group of such numbers are finite.
+template <class E>
+__device__ inline bool is_storable(E x) { return fabsf(to_float(x)) < 65520.0f; }
+
+// Row `r` of the step has a number that cannot be kept; the first layer that finds one is told. Layers run one after the
+// other, and all threads of one write the same.
+__device__ inline void fault(const Layer& l, int r) {
+    if (l.faults[r] == 0) l.faults[r] = l.number + 1;
+}
 
 // Scales and mins lie at even offsets.
 __device__ inline float half_at(const uint8_t* section, int i) {

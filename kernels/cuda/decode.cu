@@ -138,20 +138,20 @@ __device__ void merge(const Layer& l, const uint2* of_row, const Query& query) {
     };
     auto write = [&](int c, float x) { out[c] = from_float<E>(x); };
     if (l.rotate) {
-        rotate_token(v_dim, shared, joined, write);
+        rotate_token(v_dim, shared, Turn::BACK, joined, write);
     } else {
         for (int c = threadIdx.x; c < v_dim; c += THREADS) write(c, joined(c));
     }
 }
 
-// Tokens `0 .. past` of one row as numbers: k (kv_heads, past, k_dim), v (kv_heads, past, v_dim), values in the
-// basis in which they are kept. Traced tokens are as they were. grid (past, kv_heads)
+// Stored tokens of one row from token `from` on as numbers: k (kv_heads, tokens, k_dim), v (kv_heads, tokens, v_dim), values
+// in the basis in which they are kept. Traced tokens are as they were. grid (tokens, kv_heads)
 template <class E>
-__device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_t r, E* k, E* v) {
+__device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_t r, uint32_t from, E* k, E* v) {
     const Row& row = rows[r];
-    const int position = blockIdx.x, head = blockIdx.y, group = l.group;
-    E* key = k + (static_cast<size_t>(head) * row.past + position) * l.k_dim;
-    E* value = v + (static_cast<size_t>(head) * row.past + position) * l.v_dim;
+    const int position = from + blockIdx.x, head = blockIdx.y, group = l.group;
+    const size_t to = static_cast<size_t>(head) * gridDim.x + blockIdx.x;
+    E *key = k + to * l.k_dim, *value = v + to * l.v_dim;
     const int g = position / group, t = position % group;
     Token<E> whole = {nullptr, nullptr};
     const PageLayout layout = page_layout(l);
@@ -207,8 +207,8 @@ __device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_
         ott::merge<E>(l, of_row, query);                                                                         \
     }                                                                                                            \
     extern "C" __global__ void __launch_bounds__(128) ott_gather_##suffix(                                       \
-        ott::Layer l, const ott::Row* rows, const uint32_t* tables, uint32_t row, E* k, E* v) {                  \
-        ott::gather<E>(l, rows, tables, row, k, v);                                                              \
+        ott::Layer l, const ott::Row* rows, const uint32_t* tables, uint32_t row, uint32_t from, E* k, E* v) {   \
+        ott::gather<E>(l, rows, tables, row, from, k, v);                                                        \
     }
 OTT_DECODE(f16, __half)
 OTT_DECODE(bf16, __nv_bfloat16)

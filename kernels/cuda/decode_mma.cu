@@ -603,7 +603,7 @@ struct Kernel {
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < EACH; ++k) x[k] = all[threadIdx.x + k * ROTATORS];
-        if (rotated) rotate(x, DIM, all);
+        if (rotated) rotate(x, DIM, all, Turn::BACK);
 #pragma unroll
         for (int k = 0; k < EACH; ++k) {
             const int i = threadIdx.x + k * ROTATORS;

@@ -49,7 +49,6 @@ __device__ void magnitudes(const Layer& l, const Row* rows, const uint2* groups,
     const int head = blockIdx.x, t = threadIdx.x, position = where.y * l.group + t;
     if (t >= static_cast<int>(l.group)) return;
     const float magnitude = l1_norm(unsealed<E>(l, rows[where.x], k, v, where.x, head, position).k, l.k_dim);
-    if (!isfinite(magnitude)) *l.status = 1;
     to[(blockIdx.y * l.kv_heads + head) * MAX_GROUP + t] = magnitude;
 }
 
@@ -212,24 +211,21 @@ __device__ Affine stretched(const float (&x)[N], const float (&code)[N], uint32_
 
 // One group by a half warp: lane `i` holds numbers i, i + 16, ... Writes codes, returns scale and min.
 __device__ Affine quantize_group(const float (&x)[MAX_GROUP / LANES], uint32_t traced, int n, int lane, int bits,
-                                 bool clip, Spread spread, uint8_t* codes, uint32_t* status) {
+                                 bool clip, Spread spread, uint8_t* codes) {
     const float levels = static_cast<float>((1 << bits) - 1);
     const int count = (n - lane + LANES - 1) / LANES;
     float low = INFINITY, high = -INFINITY;
-    bool finite = true;
 #pragma unroll
     for (int i = 0; i < MAX_GROUP / LANES; ++i) {
         if (i >= count) break;
         low = fminf(low, x[i]);
         high = fmaxf(high, x[i]);
-        finite &= isfinite(x[i]) != 0;
     }
     for (int h = LANES / 2; h > 0; h /= 2) {
         low = fminf(low, __shfl_xor_sync(~0u, low, h, LANES));
         high = fmaxf(high, __shfl_xor_sync(~0u, high, h, LANES));
     }
     Affine best = affine_over(low, high, levels);
-    if (!finite || __hisinf(best.scale) || __hisinf(best.min) || __hisnan(best.scale)) *status = 1;
     if (clip) {
         float least = lane_sum(lane_error(x, traced, count, best, levels));
         const float sixteenth = __fdiv_rn(high - low, 16.0f);
@@ -310,6 +306,7 @@ struct Group {
             if (t >= static_cast<int>(l.group)) break;
             mask |= static_cast<uint32_t>(is_traced(t)) << i;
             x[i] = to_float(token(t).k[c]);
+            if (!is_storable(x[i])) fault(l, r);
         }
         return mask;
     }
@@ -324,7 +321,7 @@ struct Group {
             for (int i = 0; i < MAX_GROUP / LANES; ++i) x[i] = mask >> i & 1 ? mean : x[i];
         }
         const Spread spread = l.clip == CLIP_BOTH ? Spread::VARIANCE : Spread::AS_SEARCHED;
-        const Affine a = quantize_group(x, mask, l.group, lane, bits, l.clip != 0, spread, codes, l.status);
+        const Affine a = quantize_group(x, mask, l.group, lane, bits, l.clip != 0, spread, codes);
         __syncwarp();
         const int bytes = packed_len(l.group, l.k_bits);
         for (int j = lane; j < bytes; j += LANES)
@@ -362,13 +359,14 @@ __device__ void quantize(const Layer& l, const Row* rows, const uint32_t* tables
             for (int i = 0; i < MAX_GROUP / LANES; ++i) {
                 const int c = from + lane + i * LANES;
                 if (lane + i * LANES >= width) break;
+                const float own = to_float(group.token(t).v[c]);
+                if (!is_storable(own)) fault(l, group.r);
                 x[i] = out ? mean_of_others(group.slots, group.traced, l.group,
                                             [&](int u) { return to_float(group.token(u).v[c]); })
-                           : to_float(group.token(t).v[c]);
+                           : own;
             }
             const Spread spread = l.clip == CLIP_BOTH ? Spread::GAIN : Spread::AS_SEARCHED;
-            const Affine a =
-                quantize_group(x, 0, width, lane, l.v_bits, l.clip == CLIP_BOTH, spread, mine, l.status);
+            const Affine a = quantize_group(x, 0, width, lane, l.v_bits, l.clip == CLIP_BOTH, spread, mine);
             __syncwarp();
             uint8_t* packed = group.page + layout.v_codes + t * token_bytes + packed_len(from, l.v_bits);
             for (int j = lane; j < packed_len(width, l.v_bits); j += LANES)

@@ -20,15 +20,15 @@ __device__ void store(Layer l, const Row* rows, Fresh q, Fresh k, Fresh v) {
     bool fits = true;
     for (int c = threadIdx.x; c < static_cast<int>(l.k_dim); c += blockDim.x) {
         const_cast<E*>(to.k)[c] = key[c];
-        fits &= fabsf(to_float(key[c])) < 65520.0f;
+        fits &= is_storable(key[c]);
     }
     auto keep = [&](int c, E x) {
         const_cast<E*>(to.v)[c] = x;
-        fits &= fabsf(to_float(x)) < 65520.0f;
+        fits &= is_storable(x);
     };
     if (l.rotate) {
         rotate_token(
-            l.v_dim, shared, [&](int c) { return to_float(value[c]); },
+            l.v_dim, shared, Turn::IN, [&](int c) { return to_float(value[c]); },
             [&](int c, float x) { keep(c, from_float<E>(x)); });
     } else {
         for (int c = threadIdx.x; c < static_cast<int>(l.v_dim); c += blockDim.x) keep(c, value[c]);
@@ -42,19 +42,20 @@ __device__ void store(Layer l, const Row* rows, Fresh q, Fresh k, Fresh v) {
         }
     }
     // Its group would fail when it is sealed: say so now.
-    if (!fits) *l.status = 1;
+    if (!fits) fault(l, blockIdx.z);
 }
 
 // All values of a step rotated, for those that are sealed from where they are, and back again for those that are read.
 // `to`: (rows, kv_heads, tokens, v_dim). grid (tokens of the longest row, kv_heads, rows), 128 threads
 template <class E>
-__device__ void rotate_all(Fresh from, E* to, uint32_t v_dim) {
+__device__ void rotate_all(Fresh from, E* to, uint32_t v_dim, uint32_t back) {
     __shared__ float shared[ROTATORS];
     const E* x = static_cast<const E*>(from.data) + blockIdx.z * from.row + blockIdx.y * from.head +
                  blockIdx.x * from.token;
     E* y = to + ((static_cast<size_t>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x) * v_dim;
     rotate_token(
-        v_dim, shared, [&](int c) { return to_float(x[c]); }, [&](int c, float r) { y[c] = from_float<E>(r); });
+        v_dim, shared, back ? Turn::BACK : Turn::IN, [&](int c) { return to_float(x[c]); },
+        [&](int c, float r) { y[c] = from_float<E>(r); });
 }
 
 }  // namespace ott
@@ -64,8 +65,9 @@ __device__ void rotate_all(Fresh from, E* to, uint32_t v_dim) {
         ott_store_##suffix(ott::Layer l, const ott::Row* rows, ott::Fresh q, ott::Fresh k, ott::Fresh v) {      \
         ott::store<E>(l, rows, q, k, v);                                                                        \
     }                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(128) ott_rotate_##suffix(ott::Fresh from, E* to, uint32_t v_dim) { \
-        ott::rotate_all<E>(from, to, v_dim);                                                                    \
+    extern "C" __global__ void __launch_bounds__(128)                                                           \
+        ott_rotate_##suffix(ott::Fresh from, E* to, uint32_t v_dim, uint32_t back) {                            \
+        ott::rotate_all<E>(from, to, v_dim, back);                                                              \
     }
 OTT_STORE(f16, __half)
 OTT_STORE(bf16, __nv_bfloat16)

@@ -63,8 +63,8 @@ pub struct Layer {
     pub traced: u64,
     /// `(num_blocks, kv_heads, outliers)`.
     pub places: u64,
-    /// 1 once a number could not be quantized.
-    pub status: u64,
+    /// `(rows of the step)`: 0, or the number of the first layer that met a number that cannot be kept, plus one.
+    pub faults: u64,
     /// Key/value heads.
     pub kv_heads: u32,
     /// Channels of a key.
@@ -91,6 +91,8 @@ pub struct Layer {
     pub weigh: u32,
     /// Query heads.
     pub num_heads: u32,
+    /// The layer's number.
+    pub number: u32,
 }
 
 /// New queries, keys or values: strides in numbers.

@@ -1,8 +1,9 @@
 //! A layer on the device, and the kernels of a step.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
+use std::sync::Arc;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute_enum};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DeviceRepr,
@@ -23,11 +24,9 @@ unsafe impl DeviceRepr for Fresh {}
 unsafe impl DeviceRepr for Query {}
 
 /// Fields of all structs, and sections of a page.
-const PROBED: usize = 6 + 13 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
+const PROBED: usize = 6 + 14 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
 /// Threads of every block.
 const THREADS: u32 = 128;
-/// Layers whose faults are told apart.
-const LAYERS: usize = 1024;
 /// Most tokens of a page.
 const MAX_GROUP: usize = 128;
 /// Threads of a block that gives third bits.
@@ -64,38 +63,9 @@ impl Dtype {
     }
 }
 
-/// By layer: 1 once a number could not be quantized.
-pub struct Faults {
-    words: Mutex<CudaSlice<u32>>,
-    stream: Arc<CudaStream>,
-}
-
-impl Faults {
-    /// Wait for the device; the first layer that met such a number since the last call.
-    ///
-    /// # Errors
-    /// If the driver fails.
-    pub fn take(&self) -> Result<Option<usize>> {
-        let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
-        let layers = self.stream.clone_dtoh(&*words)?;
-        let fault = layers.iter().position(|word| *word != 0);
-        if fault.is_some() {
-            self.stream.memset_zeros(&mut *words)?;
-        }
-        Ok(fault)
-    }
-
-    fn address(&self, layer: usize) -> u64 {
-        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
-        let offset = layer % LAYERS * size_of::<u32>();
-        address(&words, &self.stream) + offset as u64
-    }
-}
-
 /// The modules of a device.
 pub struct Kernels {
     stream: Arc<CudaStream>,
-    faults: Arc<Faults>,
     count: Arc<CudaModule>,
     store: Arc<CudaModule>,
     seal: Arc<CudaModule>,
@@ -119,10 +89,6 @@ impl Kernels {
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         Ok(Self {
             stream: Arc::clone(stream),
-            faults: Arc::new(Faults {
-                words: Mutex::new(stream.alloc_zeros(LAYERS)?),
-                stream: Arc::clone(stream),
-            }),
             count: load(image("count"))?,
             store: load(image("store"))?,
             seal: load(image("seal"))?,
@@ -165,11 +131,15 @@ impl Kernels {
         unsafe { args.arg(&query).arg(&mut out).launch(one) }?;
         Ok(stream.clone_dtoh(&out)?)
     }
+}
 
-    /// What could not be quantized, all layers.
-    pub fn faults(&self) -> &Arc<Faults> {
-        &self.faults
-    }
+/// Which way values are rotated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Into the basis in which they are kept.
+    In,
+    /// Back into the model's.
+    Back,
 }
 
 /// The kernels for attention.
@@ -206,7 +176,6 @@ pub struct DeviceLayer {
     traced: CudaSlice<u8>,
     /// Places of traced tokens by block: each block has its own.
     pub places: CudaSlice<u32>,
-    faults: Arc<Faults>,
     stream: Arc<CudaStream>,
     count: CudaFunction,
     store: CudaFunction,
@@ -232,6 +201,8 @@ pub struct DevicePlan {
     items: u64,
     of_row: u64,
     arrived: u64,
+    /// Where the words of rows' faults begin.
+    faults: usize,
     num_groups: usize,
     /// Parts of contexts.
     pub num_items: usize,
@@ -261,6 +232,7 @@ impl DevicePlan {
         let of_row = section(&mut plan.of_row.iter().flat_map(|p| [p.a, p.b]));
         let counters = (plan.rows.len() * lanes).max(1);
         let arrived = section(&mut std::iter::repeat_n(0, counters));
+        let faults = section(&mut std::iter::repeat_n(0, plan.rows.len())) as usize;
         let words = stream.clone_htod(&words)?;
         let base = address(&words, stream);
         Ok(Self {
@@ -270,6 +242,7 @@ impl DevicePlan {
             items: base + items,
             of_row: base + of_row,
             arrived: base + arrived,
+            faults: faults / size_of::<u32>(),
             num_groups: plan.groups.len(),
             num_items: plan.items.len(),
             num_rows: plan.rows.len(),
@@ -281,6 +254,23 @@ impl DevicePlan {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.words.num_bytes()
+    }
+
+    /// Wait for the device. By row: the first layer that met a number which cannot be kept, if any did.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn faults(&self, stream: &Arc<CudaStream>) -> Result<Vec<Option<usize>>> {
+        let words = self
+            .words
+            .try_slice(self.faults..self.faults + self.num_rows);
+        let words = stream.clone_dtoh(&words.context("a word for each row")?)?;
+        let layer = |word: u32| (word as usize).checked_sub(1);
+        Ok(words.into_iter().map(layer).collect())
+    }
+
+    fn faults_address(&self, stream: &Arc<CudaStream>) -> u64 {
+        address(&self.words, stream) + (self.faults * size_of::<u32>()) as u64
     }
 }
 
@@ -327,7 +317,6 @@ impl DeviceLayer {
             },
             traced: stream.alloc_zeros(places * shape.width() * dtype.size())?,
             places: stream.clone_htod(&own)?,
-            faults: Arc::clone(&kernels.faults),
             stream: Arc::clone(stream),
             count: kernels.count.load_function("ott_count")?,
             store: kernel(&kernels.store, "store")?,
@@ -374,13 +363,13 @@ impl DeviceLayer {
     /// # Errors
     /// If the driver fails.
     pub fn append(&self, plan: &DevicePlan, q: Fresh, k: Fresh, v: Fresh) -> Result<()> {
-        let layer = self.abi();
+        let layer = self.abi(plan);
         if plan.num_groups > 0 && plan.seals_new && self.shape.rotate {
             let shape = (plan.num_rows, self.shape.num_kv_heads, plan.longest);
             let len = shape.0 * shape.1 * shape.2 * self.shape.v_dim * self.dtype.size();
             // SAFETY: `rotate` writes all of it before anything reads.
             let rotated = unsafe { self.stream.alloc::<u8>(len) }?;
-            let turned = self.rotate(shape, v, address(&rotated, &self.stream))?;
+            let turned = self.rotate(Turn::In, shape, v, address(&rotated, &self.stream))?;
             self.seal(plan, &layer, q, k, turned)?;
         } else if plan.num_groups > 0 {
             self.seal(plan, &layer, q, k, v)?;
@@ -388,17 +377,23 @@ impl DeviceLayer {
         self.store(plan, &layer, q, k, v)
     }
 
-    /// Values `(rows, kv_heads, tokens, v_dim)` from one basis into the other; `to` is contiguous and may be where they
+    /// Values `(rows, kv_heads, tokens, v_dim)` into the basis in which they are kept, or back; `to` is contiguous and may be where they
     /// are. What was written, to be read from.
     ///
     /// # Errors
     /// If the driver fails.
-    pub fn rotate(&self, shape: (usize, usize, usize), from: Fresh, to: u64) -> Result<Fresh> {
+    pub fn rotate(
+        &self,
+        turn: Turn,
+        shape: (usize, usize, usize),
+        from: Fresh,
+        to: u64,
+    ) -> Result<Fresh> {
         let (rows, heads, tokens) = shape;
         let v_dim = self.shape.v_dim;
-        let size = v_dim as u32;
+        let (size, back) = (v_dim as u32, u32::from(turn == Turn::Back));
         let mut launch = self.stream.launch_builder(&self.rotate);
-        let args = launch.arg(&from).arg(&to).arg(&size);
+        let args = launch.arg(&from).arg(&to).arg(&size).arg(&back);
         let grid = grid(tokens as u32, heads as u32, rows as u32);
         // SAFETY: the arguments are the kernel's; the caller's memory has this shape.
         unsafe { args.launch(grid) }?;
@@ -503,7 +498,7 @@ impl DeviceLayer {
     /// # Errors
     /// If the driver fails.
     pub fn decode_by(&self, kernel: Attention, plan: &DevicePlan, query: Query) -> Result<()> {
-        let layer = self.abi();
+        let layer = self.abi(plan);
         let (items, heads) = (plan.num_items as u32, self.num_heads as u32);
         let kv_heads = self.shape.num_kv_heads;
         if let Some(tuned) = self.tuned(kernel) {
@@ -535,30 +530,27 @@ impl DeviceLayer {
         Ok(())
     }
 
-    /// The past of one row as numbers: k `(kv_heads, past, k_dim)`, v `(kv_heads, past, v_dim)`, values in the basis in
-    /// which they are kept ([`DeviceLayer::rotate`] turns them back).
+    /// Some tokens of one row's past as numbers: k `(kv_heads, tokens, k_dim)`, v `(kv_heads, tokens, v_dim)`, values in the
+    /// basis in which they are kept ([`DeviceLayer::rotate`] turns them back).
     ///
     /// # Errors
     /// If the driver fails.
-    pub fn gather(&self, plan: &DevicePlan, row: u32, past: u32, k: u64, v: u64) -> Result<()> {
-        let layer = self.abi();
+    pub fn gather(
+        &self,
+        plan: &DevicePlan,
+        row: u32,
+        tokens: Range<u32>,
+        k: u64,
+        v: u64,
+    ) -> Result<()> {
+        let layer = self.abi(plan);
         let mut launch = self.stream.launch_builder(&self.gather);
         let args = launch.arg(&layer).arg(&plan.words).arg(&plan.tables);
         let heads = self.shape.num_kv_heads as u32;
-        // SAFETY: the arguments are the kernel's; the caller's k and v have room for the past.
-        unsafe { args.arg(&row).arg(&k).arg(&v).launch(grid(past, heads, 1)) }?;
+        let args = args.arg(&row).arg(&tokens.start).arg(&k).arg(&v);
+        // SAFETY: the arguments are the kernel's; the caller's k and v have room for the tokens, which are stored.
+        unsafe { args.launch(grid(tokens.len() as u32, heads, 1)) }?;
         Ok(())
-    }
-
-    /// Wait for the device; an error if a number could not be quantized.
-    ///
-    /// # Errors
-    /// If so, or if the driver fails.
-    pub fn check(&self) -> Result<()> {
-        match self.faults.take()? {
-            None => Ok(()),
-            Some(layer) => bail!("layer {layer}: a key or value is not finite, or beyond f16"),
-        }
     }
 
     /// Wait for the device, and count over the pages of `blocks`: traced tokens, parts of a head after which tracing has
@@ -570,9 +562,10 @@ impl DeviceLayer {
         if blocks.is_empty() || self.shape.outliers == 0 {
             return Ok([0; 3]);
         }
-        let (layer, n) = (self.abi(), blocks.len() as u32);
+        let n = blocks.len() as u32;
         let blocks = self.stream.clone_htod(blocks)?;
         let counts = self.stream.alloc_zeros::<u32>(3)?;
+        let layer = self.abi_at(0);
         let parts = n as usize * self.shape.num_kv_heads;
         let mut launch = self.stream.launch_builder(&self.count);
         let args = launch.arg(&layer).arg(&blocks).arg(&n).arg(&counts);
@@ -601,7 +594,11 @@ impl DeviceLayer {
         Ok((places, self.stream.clone_dtoh(&self.traced)?))
     }
 
-    fn abi(&self) -> Layer {
+    fn abi(&self, plan: &DevicePlan) -> Layer {
+        self.abi_at(plan.faults_address(&self.stream))
+    }
+
+    fn abi_at(&self, faults: u64) -> Layer {
         let shape = &self.shape;
         Layer {
             pages: address(&self.pages, &self.stream),
@@ -612,7 +609,7 @@ impl DeviceLayer {
                 .map_or(0, |samples| address(samples, &self.stream)),
             traced: address(&self.traced, &self.stream),
             places: address(&self.places, &self.stream),
-            status: self.faults.address(self.shape.layer),
+            faults,
             kv_heads: shape.num_kv_heads as u32,
             k_dim: shape.k_dim as u32,
             v_dim: shape.v_dim as u32,
@@ -626,6 +623,7 @@ impl DeviceLayer {
             rotate: shape.rotate.into(),
             weigh: shape.weigh.into(),
             num_heads: self.num_heads as u32,
+            number: shape.layer as u32,
         }
     }
 }

@@ -1,16 +1,19 @@
-//! CUDA kernels of the OTT KV cache (`cuda/*.cu`), and how they are launched.
+//! What the OTT KV cache does alike on CPU and GPU, its CUDA kernels (`cuda/*.cu`), and how they are launched.
 //!
 //! ```text
-//! abi -> plan -> shape, blocks -> device
+//! blocks -> abi -> plan, shape -> device -> cache
 //! ```
 //!
-//! [`abi`] are the structs that kernels take, field by field as in `cuda/cache.cuh`. [`plan`] turns the rows of a step
-//! into the tables that all layers share, [`blocks`] knows which blocks are pages, both without a GPU. `device` (feature
-//! `cuda`) holds a layer's memory and launches kernels on a stream; but for what says so, nothing in it waits for the
-//! device.
+//! [`blocks`] is the life of blocks: which are pages, where the window lies, what a step reads and writes. Caches on both
+//! devices run it. [`abi`] are the structs that kernels take, field by field as in `cuda/cache.cuh`; [`plan`] turns the rows
+//! of a step into the tables that all layers share. None of these needs a GPU. `device` (feature `cuda`) holds a layer's
+//! memory and launches kernels on a stream, `cache` holds all layers of a model; but for what says so, nothing in them waits
+//! for the device.
 
 pub mod abi;
 pub mod blocks;
+#[cfg(feature = "cuda")]
+pub mod cache;
 #[cfg(feature = "cuda")]
 pub mod device;
 #[cfg(feature = "cuda")]

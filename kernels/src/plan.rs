@@ -4,9 +4,8 @@
 use std::ops::Range;
 
 use crate::abi::{Item, Pair, Row, NONE};
+use crate::blocks::{RowPlan, CHUNK};
 
-/// Tokens of a chunk.
-pub const CHUNK: usize = 32;
 /// Warps of a block: pages that are worked on at once.
 const WARPS: usize = 4;
 /// Tokens of the window that a block reads at once.
@@ -29,26 +28,8 @@ pub fn lanes(num_heads: usize, num_kv_heads: usize) -> usize {
 
 /// Items of a step of `rows` rows, at most.
 pub fn most_items(rows: usize, group: usize, lanes: usize) -> usize {
-    rows * (1 + (2 * group).div_ceil(WINDOW_ITEM)) + MOST_PARTS / lanes.max(1)
-}
-
-/// One row as the host gives it, with what is known of its blocks.
-#[derive(Clone, Debug)]
-pub struct RowState<'a> {
-    /// Tokens stored.
-    pub past: usize,
-    /// Tokens of this step.
-    pub new: usize,
-    /// Block ids in order.
-    pub table: &'a [usize],
-    /// Pages before this step.
-    pub sealed_before: usize,
-    /// Pages after it.
-    pub sealed: usize,
-    /// Chunks of the window before the step, from its first block on.
-    pub chunks_before: Vec<u32>,
-    /// And after it.
-    pub chunks: Vec<u32>,
+    let windows = rows.saturating_mul(1 + (2 * group).div_ceil(WINDOW_ITEM));
+    windows.saturating_add(MOST_PARTS / lanes.max(1))
 }
 
 /// Tables of one step.
@@ -73,28 +54,28 @@ pub struct Plan {
 impl Plan {
     /// Plan a step for `lanes` blocks of threads per item (kv heads, times tiles of query heads) on a device that runs
     /// `slots` of them at once.
-    pub fn new(rows: &[RowState<'_>], group: usize, lanes: usize, slots: usize) -> Self {
+    pub fn new(rows: &[RowPlan], group: usize, lanes: usize, slots: usize) -> Self {
         let mut plan = Self::default();
-        let pages: Vec<usize> = rows.iter().map(|row| row.sealed).collect();
+        let pages: Vec<usize> = rows.iter().map(|row| row.pages).collect();
         let (size, tokens) = item_sizes(&pages, group, lanes, slots);
         for (r, row) in rows.iter().enumerate() {
             let id = r as u32;
             plan.rows.push(Row {
                 past: row.past as u32,
                 fresh: row.new as u32,
-                sealed_before: row.sealed_before as u32,
-                sealed: row.sealed as u32,
+                sealed_before: row.pages_before as u32,
+                sealed: row.pages as u32,
                 table: plan.tables.len() as u32,
                 chunk_before: padded(&row.chunks_before),
                 chunk: padded(&row.chunks),
             });
             let table = plan.tables.len();
             plan.tables.extend(row.table.iter().map(|b| *b as u32));
-            let groups = row.sealed_before..row.sealed;
+            let groups = row.pages_before..row.pages;
             plan.groups
                 .extend(groups.map(|g| Pair { a: id, b: g as u32 }));
             let first = plan.items.len() as u32;
-            let window = (row.past + row.new).saturating_sub(row.sealed * group);
+            let window = (row.past + row.new).saturating_sub(row.pages * group);
             let item = |window: bool, first: &[u32], range: Range<usize>| Item {
                 row: id,
                 window: window.into(),
@@ -107,7 +88,7 @@ impl Plan {
                 item(true, chunks, part)
             }));
             let tables = &plan.tables;
-            let pages = parts(table..table + row.sealed, size);
+            let pages = parts(table..table + row.pages, size);
             let pages = pages.map(|part| item(false, &tables[part.clone()], part));
             plan.items.extend(pages);
             plan.of_row.push(Pair {
@@ -115,7 +96,7 @@ impl Plan {
                 b: plan.items.len() as u32,
             });
             plan.longest = plan.longest.max(row.new);
-            plan.seals_new |= row.sealed > row.sealed_before && row.sealed * group > row.past;
+            plan.seals_new |= row.pages > row.pages_before && row.pages * group > row.past;
         }
         plan
     }
@@ -178,21 +159,23 @@ mod tests {
     #[test]
     fn a_step_in_tables() {
         let rows = [
-            RowState {
+            RowPlan {
+                seq: 0,
                 past: 400,
                 new: 1,
-                table: &[3, 4, 5, 6],
-                sealed_before: 2,
-                sealed: 2,
+                table: vec![3, 4, 5, 6],
+                pages_before: 2,
+                pages: 2,
                 chunks_before: vec![7, 8, 9, 1, 2],
                 chunks: vec![7, 8, 9, 1, 2],
             },
-            RowState {
+            RowPlan {
+                seq: 0,
                 past: 0,
                 new: 300,
-                table: &[1, 2, 9],
-                sealed_before: 0,
-                sealed: 2,
+                table: vec![1, 2, 9],
+                pages_before: 0,
+                pages: 2,
                 chunks_before: vec![],
                 chunks: vec![4, 5],
             },
@@ -222,12 +205,13 @@ mod tests {
         for (pages, slots) in [(1, 396), (63, 396), (256, 396), (1024, 132), (7, 1)] {
             let table = vec![1; pages];
             let rows = vec![
-                RowState {
+                RowPlan {
+                    seq: 0,
                     past: pages * 128,
                     new: 1,
-                    table: &table,
-                    sealed_before: pages,
-                    sealed: pages,
+                    table: table.clone(),
+                    pages_before: pages,
+                    pages,
                     chunks_before: vec![],
                     chunks: vec![0],
                 };

@@ -1,6 +1,6 @@
 //! What a kernel must be told of a layer: shape and settings. The bytes are those of `docs/layout.md`.
 
-use crate::plan::CHUNK;
+use crate::blocks::CHUNK;
 
 /// Of so many tokens the last one's queries are sampled.
 pub const SAMPLED: usize = 16;

@@ -121,9 +121,11 @@ fn run(
     };
     let prompt = cache.begin_step(plan(0, depth)).expect("room");
     let kv = noise((batch, num_kv_heads, depth, dim));
+    let q = noise((batch, num_heads, depth, dim));
     for layer in 0..layers {
-        prompt.append(layer, &kv, &kv).expect("finite");
+        prompt.append(layer, &q, &kv, &kv).expect("finite");
     }
+    assert!(cache.end_step().expect("stored").is_empty());
     let case = Case {
         cache,
         layers,

@@ -14,7 +14,7 @@ use std::cell::Cell;
 
 use rayon::prelude::*;
 
-use crate::cache::{Element, LayerCache, Row, CHUNK};
+use crate::cache::{Element, LayerCache, RowPlan, CHUNK};
 use crate::layout::PageLayout;
 
 /// Pages of a split.
@@ -48,7 +48,7 @@ pub struct Queries<'a> {
 /// stored; `out (rows, num_heads, tokens, v_dim)` is overwritten, padding with zeros.
 pub fn decode<E: Element>(
     layer: &LayerCache<E>,
-    rows: &[Row<'_>],
+    rows: &[RowPlan],
     queries: &Queries<'_>,
     out: &mut [f32],
 ) {
@@ -60,7 +60,7 @@ pub fn decode<E: Element>(
     let count = heads * rows.iter().map(|row| splits(row, layout)).sum::<usize>();
     let mut partials = PARTIALS.take();
     partials.resize(count * size, 0.0);
-    let tokens: usize = rows.iter().map(Row::end).sum();
+    let tokens: usize = rows.iter().map(RowPlan::end).sum();
     if tokens * heads * len * (layout.k_dim + layout.v_dim) < SMALL {
         let parts = partials.chunks_exact_mut(size).enumerate();
         parts.for_each(|(i, part)| task(i).run(Partial::new(part, len)));
@@ -86,14 +86,14 @@ pub fn decode<E: Element>(
     PARTIALS.set(partials);
 }
 
-fn splits(row: &Row<'_>, layout: &PageLayout) -> usize {
+fn splits(row: &RowPlan, layout: &PageLayout) -> usize {
     row.end().div_ceil(SPLIT * layout.group_size)
 }
 
 /// The queries of one kv head of one row over one split.
 struct Task<'a, E> {
     layer: &'a LayerCache<E>,
-    row: Row<'a>,
+    row: &'a RowPlan,
     head: usize,
     /// `(gqa ratio, tokens, k_dim)`.
     q: &'a [f32],
@@ -121,7 +121,7 @@ struct Scratch {
 
 impl<'a, E: Element> Task<'a, E> {
     /// Number `i`, counted by row, then by head, then by split.
-    fn new(layer: &'a LayerCache<E>, rows: &[Row<'a>], queries: &Queries<'a>, i: usize) -> Self {
+    fn new(layer: &'a LayerCache<E>, rows: &'a [RowPlan], queries: &Queries<'a>, i: usize) -> Self {
         let layout = &layer.spec().layout;
         let heads = layout.num_kv_heads;
         let (mut r, mut rest) = (0, i);
@@ -136,7 +136,7 @@ impl<'a, E: Element> Task<'a, E> {
         let size = queries.num_heads / heads * queries.tokens * layout.k_dim;
         Self {
             layer,
-            row: rows[r],
+            row: &rows[r],
             head,
             q: &queries.q[(r * heads + head) * size..][..size],
             tokens: queries.tokens,
@@ -158,7 +158,7 @@ impl<'a, E: Element> Task<'a, E> {
         let end = self.pages.1.min(self.row.end().div_ceil(group));
         for i in self.pages.0..end {
             self.prefetch(i + 1);
-            match self.layer.is_sealed(self.row.table[i]) {
+            match i < self.row.pages {
                 true => self.sealed(i, &mut scratch, &mut partial),
                 false => self.open(i, &mut scratch, &mut partial),
             }
@@ -169,9 +169,7 @@ impl<'a, E: Element> Task<'a, E> {
     /// Fetch a page while the one before it is computed: heads of pages lie far from each other, so
     /// that the processor does not see where the next one is.
     fn prefetch(&self, i: usize) {
-        let next =
-            self.row.table[..self.row.end().div_ceil(self.layer.spec().layout.group_size)].get(i);
-        if let Some(block) = next.filter(|b| self.layer.is_sealed(**b)) {
+        if let Some(block) = self.row.table[..self.row.pages].get(i) {
             (self.layer.spec().ops.prefetch)(self.layer.head(*block, self.head).bytes);
         }
     }
@@ -208,11 +206,9 @@ impl<'a, E: Element> Task<'a, E> {
         let (layout, ops) = (&spec.layout, spec.ops);
         let start = i * layout.group_size;
         let len = layout.group_size.min(self.row.end() - start);
-        for chunk in 0..len.div_ceil(CHUNK) {
-            let block = self.row.table[i];
-            let Some((keys, values)) = self.layer.chunk(block, chunk, self.head) else {
-                continue; // `check` has refused blocks that hold nothing.
-            };
+        let chunks = &self.row.chunks[(i - self.row.pages) * (layout.group_size / CHUNK)..];
+        for (chunk, number) in chunks.iter().take(len.div_ceil(CHUNK)).enumerate() {
+            let (keys, values) = self.layer.chunk(*number, self.head);
             let tokens = CHUNK.min(len - chunk * CHUNK);
             let scores = &mut scratch.scores[..self.q.len() / layout.k_dim * CHUNK];
             let keys = E::full(&keys[..tokens * layout.k_dim]);

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use ott_kernels::blocks::Refused;
+
 /// Options that [`OttConfig::parse`](crate::OttConfig::parse) knows, for messages.
 pub(crate) const VALID_OPTIONS: &str = "valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, \
      k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), \
@@ -83,68 +85,14 @@ pub enum Error {
         /// Key/value head.
         head: usize,
     },
-    /// A block id outside the pool, or the padding block.
-    NoSuchBlock {
-        /// Its id.
-        block: usize,
-        /// Blocks in the pool.
-        num_blocks: usize,
-    },
-    /// A table that does not cover the tokens of its row.
-    ShortTable {
-        /// The host's sequence.
-        seq: usize,
-        /// Tokens stored before.
-        past: usize,
-        /// Tokens of this step.
-        new: usize,
-        /// Blocks in the table.
-        blocks: usize,
-        /// Tokens of a block.
-        group: usize,
-    },
+    /// A step that the cache cannot take.
+    Step(Refused),
     /// A plan whose block size is not the cache's.
     PlanBlockSize {
         /// Tokens per block in the plan.
         plan: usize,
         /// Tokens of a group.
         group: usize,
-    },
-    /// A plan without rows.
-    EmptyPlan,
-    /// Two rows that write to one block.
-    SharedWrite {
-        /// The block.
-        block: usize,
-        /// The second row's sequence.
-        seq: usize,
-    },
-    /// Tokens expected in a block that it does not hold.
-    MissingTokens {
-        /// Layer.
-        layer: usize,
-        /// The block.
-        block: usize,
-        /// Tokens it holds.
-        held: usize,
-        /// Tokens that the plan says it holds.
-        expected: usize,
-    },
-    /// A write to a block that is sealed.
-    Sealed {
-        /// Layer.
-        layer: usize,
-        /// The block.
-        block: usize,
-        /// Tokens that can be rolled back.
-        residual: usize,
-    },
-    /// More sequences with unsealed tokens than the cache was sized for.
-    StagingFull {
-        /// Layer.
-        layer: usize,
-        /// Sequences the window was sized for.
-        max_seqs: usize,
     },
     /// A layer index beyond the model.
     NoSuchLayer {
@@ -160,8 +108,8 @@ pub enum Error {
         /// Rows planned.
         rows: usize,
     },
-    /// A key or value that is not finite, or beyond what f16 can hold, found after its step.
-    NotRepresentableBefore {
+    /// The same, as a GPU tells it.
+    NotRepresentableOnGpu {
         /// Layer.
         layer: usize,
     },
@@ -269,59 +217,10 @@ impl Error {
     /// Errors of a running cache.
     fn fmt_step(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoSuchBlock { block, num_blocks } => {
-                write!(f, "block {block} is not one of 1..{num_blocks}")
-            }
-            Self::ShortTable {
-                seq,
-                past,
-                new,
-                blocks,
-                group,
-            } => write!(
-                f,
-                "sequence {seq}: {past} past and {new} new tokens in {blocks} blocks of {group}"
-            ),
+            Self::Step(refused) => write!(f, "{refused}"),
             Self::PlanBlockSize { plan, group } => write!(
                 f,
                 "a step with blocks of {plan} tokens for a cache with groups of {group}"
-            ),
-            Self::EmptyPlan => write!(f, "a step without rows"),
-            Self::SharedWrite { block, seq } => write!(
-                f,
-                "block {block} is written by two rows of one step, the second of sequence {seq}"
-            ),
-            Self::MissingTokens {
-                layer,
-                block,
-                held: 0,
-                expected,
-            } => write!(
-                f,
-                "block {block} holds no tokens in layer {layer}, {expected} expected"
-            ),
-            Self::MissingTokens {
-                layer,
-                block,
-                held,
-                expected,
-            } => write!(
-                f,
-                "block {block} holds {held} tokens in layer {layer}, {expected} expected"
-            ),
-            Self::Sealed {
-                layer,
-                block,
-                residual,
-            } => write!(
-                f,
-                "block {block} is sealed in layer {layer} and cannot be written again: only the \
-                 newest {residual} tokens of a sequence can be rolled back"
-            ),
-            Self::StagingFull { layer, max_seqs } => write!(
-                f,
-                "layer {layer} has no room for the newest tokens of one more sequence: the cache \
-                 was sized for {max_seqs} at once"
             ),
             Self::NoSuchLayer { layer, layers } => {
                 write!(f, "layer {layer} asked of a cache of {layers} layers")
@@ -329,10 +228,10 @@ impl Error {
             Self::NoSuchRow { row, rows } => {
                 write!(f, "row {row} asked of a step of {rows} rows")
             }
-            Self::NotRepresentableBefore { layer } => write!(
+            Self::NotRepresentableOnGpu { layer } => write!(
                 f,
-                "layer {layer}: in the step before this one a key or value was infinite, not a number or beyond the \
-                 range of f16, so that its group has no scale: what that step stored is forgotten"
+                "layer {layer}: a key or value is infinite, not a number or beyond the range of f16, so that its group \
+                 has no scale: this sequence cannot go on"
             ),
             Self::DecodedTokens { seq, new } => write!(
                 f,
@@ -377,6 +276,12 @@ impl Error {
 }
 
 impl std::error::Error for Error {}
+
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Self {
+        Self::Step(refused)
+    }
+}
 
 /// This crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

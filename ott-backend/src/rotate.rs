@@ -2,7 +2,9 @@
 //! stretches the range of a token, and errors are alike in all of them (QuaRot, arXiv 2404.00456).
 //!
 //! Attention is linear in the values: what it returns is in the same basis, and is turned back once
-//! for each query. The matrix is symmetric and orthogonal, its own inverse.
+//! for each query. The matrix is symmetric and orthogonal, its own inverse. A channel of the rotated
+//! value may be larger than any of the value's, by the root of the width at most. So rotated values are
+//! kept divided by a power of two that is no smaller: what f16 holds, it holds rotated too.
 
 use crate::layout::V_GROUP;
 
@@ -12,11 +14,26 @@ pub fn width(dim: usize) -> usize {
     (1 << dim.trailing_zeros()).min(V_GROUP)
 }
 
-/// Rotate one token's channels in place. Additions in binary32, in the order of the fast
-/// Walsh-Hadamard transform (pairs of distance 1, 2, 4, ..), then one product.
+/// Rotate one token's channels in place, into the basis and the scale in which they are kept. Additions in
+/// binary32, in the order of the fast Walsh-Hadamard transform (pairs of distance 1, 2, 4, ..), then one
+/// product.
 pub fn rotate(x: &mut [f32]) {
+    transform(x, 1.0 / headroom(x.len()));
+}
+
+/// The other way.
+pub fn rotate_back(x: &mut [f32]) {
+    transform(x, headroom(x.len()));
+}
+
+/// The least power of two that is no smaller than the root of the width: 4, 8 or 16 for 16, 64 or 128.
+fn headroom(dim: usize) -> f32 {
+    (1u32 << width(dim).ilog2().div_ceil(2)) as f32
+}
+
+fn transform(x: &mut [f32], scale: f32) {
     let width = width(x.len());
-    let factor = 1.0 / (width as f32).sqrt();
+    let factor = 1.0 / (width as f32).sqrt() * scale;
     for x in x.chunks_exact_mut(width) {
         let sixteens = x.as_chunks_mut::<16>().0;
         for x in sixteens.iter_mut() {
@@ -60,23 +77,32 @@ mod tests {
         let mut x = [0.0; 16];
         x[5] = 4.0;
         rotate(&mut x);
-        assert!(x.iter().all(|x| x.abs() == 1.0), "{x:?}");
+        assert!(x.iter().all(|x| x.abs() == 0.25), "{x:?}");
         assert_eq!(x.iter().filter(|x| **x < 0.0).count(), 8);
     }
 
     #[test]
-    fn twice_is_nothing() {
-        for dim in [8, 80, 128, 256] {
+    fn there_and_back_is_nothing() {
+        for dim in [8, 32, 80, 128, 256] {
             let x: Vec<f32> = (0..dim)
                 .map(|i| ((i * 37) % 101) as f32 / 50.0 - 1.0)
                 .collect();
             let mut twice = x.clone();
             rotate(&mut twice);
             assert!(x.iter().zip(&twice).any(|(a, b)| (a - b).abs() > 0.1));
-            rotate(&mut twice);
+            rotate_back(&mut twice);
             for (a, b) in x.iter().zip(&twice) {
                 assert!((a - b).abs() < 1e-6, "{dim}: {a} {b}");
             }
+        }
+    }
+
+    #[test]
+    fn no_channel_grows_beyond_the_largest() {
+        for dim in [8, 16, 32, 64, 80, 96, 128, 256, 1024] {
+            let mut x = vec![-65504.0; dim];
+            rotate(&mut x);
+            assert!(x.iter().all(|x| x.abs() <= 65504.0), "{dim}");
         }
     }
 }

@@ -341,12 +341,13 @@ fn views_are_read_as_they_look() {
                         if prompt {
                             let out = step.prefill(layer, &q, &k, &v, model.attn).unwrap();
                             answers.extend(out.iter().flat_map(harness::numbers));
-                            step.append(layer, &k, &v).unwrap();
+                            step.append(layer, &q, &k, &v).unwrap();
                         } else {
                             let out = step.decode(layer, &q, &k, &v, model.attn).unwrap();
                             answers.extend(harness::numbers(&out));
                         }
                     }
+                    assert_eq!(host.cache.end_step().unwrap(), []);
                     s.past += new;
                 }
                 answers

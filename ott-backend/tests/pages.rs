@@ -6,7 +6,7 @@ mod reference;
 
 use half::f16;
 use harness::{Model, Text};
-use ott_backend::cache::{Cache, LayerSpec, Row, Tokens};
+use ott_backend::cache::{Cache, LayerSpec, NewTokens, Row, Tokens};
 use ott_backend::{CpuOps, OttConfig, PageLayout};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -45,21 +45,25 @@ impl Bench {
             new,
             table,
         };
-        self.cache.begin(&[row]).unwrap();
+        let plans = self.cache.begin(&[row]).unwrap();
         for layer in 0..self.model.layers {
             let [_, k, v] = self.model.qkv(&self.text, layer, past, past + new);
             let (k, v) = (harness::numbers(&k), harness::numbers(&v));
             let k = Tokens::contiguous(&k, new, self.model.k_dim);
             let v = Tokens::contiguous(&v, new, self.model.v_dim);
-            self.cache.append(layer, &row, None, &k, &v).unwrap();
+            let row = &plans[0];
+            let faults = self
+                .cache
+                .append(layer, &[NewTokens { row, q: None, k, v }]);
+            assert!(faults.unwrap().is_empty());
         }
+        self.cache.end(|_| false);
     }
 
     /// Bytes of the sealed blocks of `table`, layer by layer.
     fn pages(&self, table: &[usize]) -> Vec<Vec<Option<Vec<u8>>>> {
         let layer = |layer| {
-            let layer = self.cache.layer(layer).unwrap();
-            let page = |block: &usize| layer.page(*block).map(<[u8]>::to_vec);
+            let page = |block: &usize| self.cache.page(layer, *block);
             table.iter().map(page).collect()
         };
         (0..self.model.layers).map(layer).collect()
@@ -152,20 +156,20 @@ fn check_pages(options: &str, rules: Rules, model: &Model, ops: &'static CpuOps)
     let table = [8, 3, 17, 2];
     bench.append(0, tokens, &table);
     for layer in 0..model.layers {
-        let cache = bench.cache.layer(layer).unwrap();
-        let layout = &cache.spec().layout;
+        let layout = bench.cache.layer(layer).unwrap().spec().layout.clone();
         let heads: Vec<Head> = (0..model.kv_heads)
             .map(|h| model.reference(rules, &text, (layer, h), tokens))
             .collect();
         for (page, block) in table[..3].iter().enumerate() {
-            let bytes = cache.page(*block).expect("sealed");
+            let bytes = bench.cache.page(layer, *block).expect("sealed");
             for (h, head) in heads.iter().enumerate() {
-                check_head(&bytes[layout.head(h)], layout, head, rules, page);
+                check_head(&bytes[layout.head(h)], &layout, head, rules, page);
             }
         }
-        assert_eq!(cache.stats().sealed_blocks, 3);
+        let stats = bench.cache.stats(layer).unwrap();
+        assert_eq!(stats.sealed_blocks, 3);
         let traced: usize = heads.iter().map(|h| h.traced.len()).sum();
-        assert_eq!(cache.stats().traced_tokens, traced, "layer {layer}");
+        assert_eq!(stats.traced_tokens, traced, "layer {layer}");
     }
 }
 
@@ -274,7 +278,7 @@ proptest! {
         let sealed = tokens.saturating_sub(32) / 32;
         prop_assert!(whole.pages(&a).iter().all(|l| l.iter().flatten().count() == sealed));
         // The end of the sequence seals what is full; a longer sequence seals the same bytes.
-        parts.cache.released(&b);
+        prop_assert!(parts.cache.released(1, &b).is_empty());
         let full = tokens / 32;
         let ended = parts.pages(&b);
         prop_assert!(ended.iter().all(|l| l.iter().flatten().count() == full));

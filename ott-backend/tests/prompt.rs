@@ -71,8 +71,9 @@ fn seen(model: &Model, s: &Sequence, before: Before, at: (usize, usize), new: us
     let all = model.tokens(&s.text, at.0, at.1, past + new);
     let mut stored = Head::new(RULES.in_layer(at.0));
     all[..past].iter().for_each(|t| stored.push(t.clone()));
-    if matches!(before, Before::Hit(_)) {
-        stored.flush();
+    match before {
+        Before::Hit(_) => stored.flush(),
+        _ => stored.begin(past + new),
     }
     [&stored.past()[..], &all[past..]].concat()
 }

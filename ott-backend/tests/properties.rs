@@ -235,8 +235,9 @@ proptest! {
             let _ = step.past(layer, count, DType::F32);
             let _ = step.past(layer, 0, DType::F16);
             let _ = step.prefill(layer, &q, &kv, &kv, host.model.attn);
-            let _ = step.append(layer, &kv, &kv);
+            let _ = step.append(layer, &q, &kv, &kv);
             let _ = step.decode(layer, &q, &kv, &kv, host.model.attn);
+            let _ = host.cache.end_step();
         }));
         prop_assert!(outcome.is_ok());
     }
@@ -275,7 +276,9 @@ proptest! {
         let row = KvRow { seq: 1, past: 0, new: 40, blocks: vec![1, 2] };
         let plan = KvPlan { prompt: true, block_size: GROUP, rows: vec![row] };
         let step = host.cache.begin_step(plan.clone()).unwrap();
-        (0..3).for_each(|layer| step.append(layer, &x, &x).unwrap());
+        let q = Tensor::zeros((1, 2, 40, 64), DType::F32, &Device::Cpu).unwrap();
+        (0..3).for_each(|layer| step.append(layer, &q, &x, &x).unwrap());
+        prop_assert_eq!(host.cache.end_step().unwrap(), vec![]);
         let mut later = plan;
         (later.rows[0].past, later.rows[0].new) = (40, 1);
         let step = host.cache.begin_step(later).unwrap();
@@ -364,18 +367,21 @@ fn absurd_counts_are_refused() {
     }
 }
 
-/// Numbers that are not finite are refused, with the layer's number.
+/// Numbers that are not finite are told when the step ends, with the sequence and the layer's number.
 #[test]
-fn what_is_not_finite_is_refused() {
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+fn what_is_not_finite_is_a_fault() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 65520.0] {
         let host = model().host(SPARE);
-        let s = host.sequence(1, &text(1), &[1, 2]);
+        let s = host.sequence(7, &text(1), &[1, 2]);
+        let q = Tensor::zeros((1, 3, 1, 64), DType::F32, &Device::Cpu).unwrap();
         let good = Tensor::zeros((1, 1, 1, 64), DType::F32, &Device::Cpu).unwrap();
         let bad = Tensor::full(bad, (1, 1, 1, 64), &Device::Cpu).unwrap();
         for (k, v) in [(&bad, &good), (&good, &bad)] {
             let step = host.begin(false, &[(&s, 1)]).unwrap();
-            let error = step.append(2, k, v).expect_err("not finite, but stored");
-            assert!(error.to_string().contains("layer 2"), "{error}");
+            step.append(2, &q, k, v).unwrap();
+            let faults = host.cache.end_step().unwrap();
+            assert_eq!((faults.len(), faults[0].seq), (1, 7));
+            assert!(faults[0].error.contains("layer 2"), "{faults:?}");
         }
     }
 }

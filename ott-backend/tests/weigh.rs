@@ -4,7 +4,7 @@ mod harness;
 mod reference;
 
 use harness::{difference, Model, Role, Text};
-use ott_backend::cache::{Cache, LayerSpec, NewQueries, Row, Tokens};
+use ott_backend::cache::{Cache, LayerSpec, NewQueries, NewTokens, Row, Stored, Tokens};
 use ott_backend::{CpuOps, OttConfig, PageLayout};
 use reference::Range;
 
@@ -50,19 +50,20 @@ fn sealed(options: &str, k: &[f32], q: Option<&[f32]>) -> Vec<f32> {
         table: &[1, 2],
     };
     let cache = Cache::<f32>::new(vec![spec], 3, 1);
-    cache.begin(&[row]).unwrap();
-    let queries = q.map(|q| NewQueries {
+    let plans = cache.begin(&[row]).unwrap();
+    let q = q.map(|q| NewQueries {
         tokens: Tokens::contiguous(q, tokens, K_DIM),
         num_heads: HEADS,
     });
     let k = Tokens::contiguous(k, tokens, K_DIM);
-    cache.append(0, &row, queries.as_ref(), &k, &k).unwrap();
-    let past = Row {
-        past: GROUP,
-        new: 1,
-        ..row
+    let row = &plans[0];
+    let faults = cache.append(0, &[NewTokens { row, q, k, v: k }]);
+    assert!(faults.unwrap().is_empty());
+    let group = Stored {
+        tokens: GROUP,
+        ..row.after()
     };
-    let (k, _) = cache.layer(0).unwrap().gather(&past).unwrap();
+    let (k, _) = cache.layer(0).unwrap().gather(&group);
     k
 }
 

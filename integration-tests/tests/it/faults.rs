@@ -30,6 +30,32 @@ fn a_failing_backend_ends_its_request_and_the_engine_goes_on() -> Result<()> {
     })
 }
 
+/// Eight sequences decode together, and one of them has numbers that cannot be kept: it gets the error, and the others
+/// the answers that they get alone.
+#[test]
+fn a_row_with_a_fault_ends_alone() -> Result<()> {
+    let _alone = alone();
+    block_on(async {
+        // Step 0 is the host's own, step 1 the prompts'.
+        let setup = Setup::with("toy-faulty:fail_row=2,fail_after_steps=4");
+        let engine = Engine::load(&smollm2()?, &setup).await?;
+        let all = (0..8).map(|i| engine.complete(prompt(20, i), 8));
+        let answers = futures::future::join_all(all).await;
+        let errors: Vec<String> = answers
+            .iter()
+            .filter_map(|answer| Some(answer.as_ref().err()?.to_string()))
+            .collect();
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(errors[0].contains("a row of step 4 fails, as asked"), "{errors:?}");
+        for (i, answer) in answers.into_iter().enumerate() {
+            let Ok(answer) = answer else { continue };
+            let alone = engine.complete(prompt(20, i as u32), 8).await?;
+            assert_eq!(answer.tokens, alone.tokens, "sequence {i}");
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn a_request_that_cannot_fit_gets_an_error() -> Result<()> {
     let _alone = alone();

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use anyhow::{ensure, Result};
 use half::{bf16, f16};
 use ott_backend::attention::{decode, Queries};
-use ott_backend::cache::{Cache, Element, LayerSpec, NewQueries, Row, Tokens};
-use ott_backend::rotate::rotate;
+use ott_backend::cache::{Cache, Element, LayerSpec, NewQueries, NewTokens, Tokens};
+use ott_backend::rotate::{rotate, rotate_back};
 use ott_backend::{CpuOps, OttConfig, PageLayout, Rotation, Weigh};
 use ott_kernels::abi::{self, Fresh, Layer, Query, PARTIAL};
-use ott_kernels::blocks::{Blocks, Step};
+use ott_kernels::blocks::{Blocks, Row, RowPlan};
 use ott_kernels::plan::Plan;
 use ott_kernels::shape::LayerShape;
 
-use crate::device::{address, Attention, DeviceLayer, DevicePlan, Dtype, Kernels};
+use crate::device::{address, Attention, DeviceLayer, DevicePlan, Dtype, Kernels, Turn};
 use crate::paint::{keys, queries, values, Noise};
 
 /// Largest difference allowed, relative to the row's largest number: the clear kernels add in f32 and round once; the
@@ -477,7 +477,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             samples: 3 << 40,
             traced: 4 << 40,
             places: 5 << 40,
-            status: 6 << 40,
+            faults: 6 << 40,
             kv_heads: 3,
             k_dim: k_dim as u32,
             v_dim: v_dim as u32,
@@ -491,6 +491,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             rotate: 77,
             weigh: 78,
             num_heads: 79,
+            number: 80,
         };
         let row = abi::Row {
             past: 11,
@@ -554,6 +555,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
                 layer.rotate,
                 layer.weigh,
                 layer.num_heads,
+                layer.number,
             ]),
             numbers(&[11, 12, 13, 14, 15]),
             numbers(&row.chunk_before),
@@ -674,36 +676,43 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
                 table: &tables[r],
             })
             .collect();
-        cpu.begin(&rows)?;
+        let plans = cpu.begin(&rows)?;
         let width = heads * tokens * dim;
-        for (r, row) in rows.iter().enumerate() {
-            let of_row = |x: &'_ [E], width: usize| x[r * width..(r + 1) * width].to_vec();
-            let (k, mut v) = (of_row(&k, width), of_row(&v, width));
-            turn(&mut v, dim, &spec.config);
-            let q = of_row(&q, case.ratio * width);
-            let asking = NewQueries {
-                tokens: Tokens::contiguous(&q, tokens, dim),
+        let mut turned = v.clone();
+        turn(&mut turned, dim, &spec.config, rotate);
+        let of_row = |x: &'_ [E], r: usize, width: usize| x[r * width..(r + 1) * width].to_vec();
+        let inputs = (0..past.len()).map(|r| {
+            let q = of_row(&q, r, case.ratio * width);
+            (q, of_row(&k, r, width), of_row(&turned, r, width))
+        });
+        let inputs: Vec<_> = inputs.collect();
+        let stored = plans.iter().zip(&inputs).map(|(row, (q, k, v))| NewTokens {
+            row,
+            q: asked.then_some(NewQueries {
+                tokens: Tokens::contiguous(q, tokens, dim),
                 num_heads,
-            };
-            cpu.append(
-                0,
-                row,
-                asked.then_some(&asking),
-                &Tokens::contiguous(&k, tokens, dim),
-                &Tokens::contiguous(&v, tokens, dim),
-            )?;
-        }
+            }),
+            k: Tokens::contiguous(k, tokens, dim),
+            v: Tokens::contiguous(v, tokens, dim),
+        });
+        let faults = cpu.append(0, &stored.collect::<Vec<_>>())?;
+        ensure!(faults.is_empty(), "{faults:?}");
+        cpu.end(|_| false);
 
-        let steps: Vec<Step<'_>> = (0..past.len())
-            .map(|r| Step {
-                past: past[r],
-                new: new[r],
-                table: &tables[r],
-            })
-            .collect();
-        let states = states.begin(&steps)?;
         let (lanes, slots) = gpu.lanes_and_slots();
-        let plan = DevicePlan::upload(&Plan::new(&states, group, lanes, slots), lanes, stream)?;
+        let upload = |rows: &[RowPlan]| {
+            DevicePlan::upload(&Plan::new(rows, group, lanes, slots), lanes, stream)
+        };
+        let on_gpu = states.begin(&rows, |wave| {
+            gpu.append(
+                &upload(wave)?,
+                Fresh::NOTHING,
+                Fresh::NOTHING,
+                Fresh::NOTHING,
+            )
+        })?;
+        ensure!(on_gpu == plans, "both plan the same");
+        let plan = upload(&plans)?;
         let (k, v) = (stream.clone_htod(&k)?, stream.clone_htod(&v)?);
         let device_q = stream.clone_htod(&q)?;
         let fresh = |data, heads: usize| Fresh {
@@ -722,7 +731,8 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
             fresh(address(&k, stream), heads),
             fresh(address(&v, stream), heads),
         )?;
-        gpu.check()?;
+        ensure!(plan.faults(stream)?.iter().all(Option::is_none), "a fault");
+        states.end(|_| false);
 
         if decodes {
             let scale = 1.0 / (dim as f32).sqrt();
@@ -735,9 +745,9 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
                 softcap,
             };
             let mut expected = vec![0f32; q.len()];
-            decode(&*cpu.layer(0)?, &rows, &queries, &mut expected);
+            decode(&*cpu.layer(0)?, &plans, &queries, &mut expected);
             if spec.config.rotation == Rotation::Values {
-                expected.chunks_exact_mut(dim).for_each(rotate);
+                expected.chunks_exact_mut(dim).for_each(rotate_back);
             }
             let out = stream.clone_htod(&vec![E::of(f32::NAN); q.len()])?;
             let sums = stream.clone_htod(&vec![
@@ -776,15 +786,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
             .for_each(|(past, new)| *past += new);
         if !decodes || step + 1 == all {
             traced = same_pages(&cpu, &gpu, &tables, stream)?;
-            same_past(
-                &cpu,
-                &gpu,
-                &mut self::states(&states, &past, &tables),
-                &past,
-                &tables,
-                stream,
-                group,
-            )?;
+            same_past(&cpu, &gpu, &at_rest(&plans), stream)?;
         }
     }
     println!(
@@ -800,34 +802,27 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
 }
 
 /// Values into the basis in which they are kept, or back.
-fn turn<E: Number>(values: &mut [E], dim: usize, config: &OttConfig) {
+fn turn<E: Number>(values: &mut [E], dim: usize, config: &OttConfig, way: fn(&mut [f32])) {
     if config.rotation == Rotation::None {
         return;
     }
     for values in values.chunks_exact_mut(dim) {
         let mut wide: Vec<f32> = values.iter().map(|x| x.wide()).collect();
-        rotate(&mut wide);
+        way(&mut wide);
         values.iter_mut().zip(wide).for_each(|(v, x)| *v = E::of(x));
     }
 }
 
 /// Rows that bring nothing: for reading what is stored.
-fn states<'a>(
-    after: &[ott_kernels::plan::RowState<'_>],
-    past: &[usize],
-    tables: &'a [Vec<usize>],
-) -> Vec<ott_kernels::plan::RowState<'a>> {
-    let rows = after.iter().zip(past).zip(tables);
-    rows.map(|((row, past), table)| ott_kernels::plan::RowState {
-        past: *past,
+fn at_rest(plans: &[RowPlan]) -> Vec<RowPlan> {
+    let rest = |plan: &RowPlan| RowPlan {
+        past: plan.end(),
         new: 0,
-        table,
-        sealed_before: row.sealed,
-        sealed: row.sealed,
-        chunks_before: row.chunks.clone(),
-        chunks: row.chunks.clone(),
-    })
-    .collect()
+        pages_before: plan.pages,
+        chunks_before: plan.chunks.clone(),
+        ..plan.clone()
+    };
+    plans.iter().map(rest).collect()
 }
 
 /// Pages byte for byte and traced tokens bit for bit; how many there are.
@@ -844,7 +839,7 @@ fn same_pages<E: Number>(
     let size = size_of::<E>();
     let mut count = 0;
     for &block in tables.iter().flatten() {
-        let Some(expected) = layer.page(block) else {
+        let Some(expected) = cpu.page(0, block) else {
             continue;
         };
         let found = &pages[block * expected.len()..(block + 1) * expected.len()];
@@ -884,46 +879,51 @@ fn is_bf16<E: 'static>() -> bool {
 fn same_past<E: Number>(
     cpu: &Cache<E>,
     gpu: &DeviceLayer,
-    states: &mut [ott_kernels::plan::RowState<'_>],
-    past: &[usize],
-    tables: &[Vec<usize>],
+    rows: &[RowPlan],
     stream: &Arc<cudarc::driver::CudaStream>,
-    group: usize,
 ) -> Result<()> {
     let (lanes, slots) = gpu.lanes_and_slots();
-    let plan = DevicePlan::upload(&Plan::new(states, group, lanes, slots), lanes, stream)?;
     let layer = cpu.layer(0)?;
-    for (r, past) in past.iter().enumerate() {
-        let row = Row {
-            seq: r,
-            past: *past,
-            new: 0,
-            table: &tables[r],
-        };
-        let (k, mut v) = layer.gather(&row)?;
-        turn(&mut v, layer.spec().layout.v_dim, &layer.spec().config);
+    let layout = &layer.spec().layout;
+    let group = layout.group_size;
+    let plan = DevicePlan::upload(&Plan::new(rows, group, lanes, slots), lanes, stream)?;
+    for (r, row) in rows.iter().enumerate() {
+        let (k, mut v) = layer.gather(&row.before());
+        turn(&mut v, layout.v_dim, &layer.spec().config, rotate_back);
         let nan = |len: usize| stream.clone_htod(&vec![E::of(f32::NAN); len]);
-        let (found_k, found_v) = (nan(k.len())?, nan(v.len())?);
-        let (to_k, to_v) = (address(&found_k, stream), address(&found_v, stream));
-        gpu.gather(&plan, r as u32, *past as u32, to_k, to_v)?;
-        if gpu.shape.rotate {
-            let layout = &layer.spec().layout;
-            let (heads, dim) = (layout.num_kv_heads, layout.v_dim);
-            let from = Fresh {
-                data: to_v,
-                row: 0,
-                head: (past * dim) as i64,
-                token: dim as i64,
+        // In two parts, which are put together again.
+        for tokens in [0..row.past / 3, row.past / 3..row.past] {
+            let (heads, count) = (layout.num_kv_heads, tokens.len());
+            let part = |x: &[E], dim: usize| -> Vec<E> {
+                let heads = x.chunks(row.past * dim);
+                let of = |head: &[E]| head[tokens.start * dim..tokens.end * dim].to_vec();
+                heads.flat_map(of).collect()
             };
-            gpu.rotate((1, heads, *past), from, to_v)?;
-        }
-        for (expected, found) in [(k, found_k), (v, found_v)] {
-            let found = stream.clone_dtoh(&found)?;
-            let same = expected
-                .iter()
-                .zip(&found)
-                .all(|(e, f)| e.wide() == f.wide());
-            ensure!(same, "the past of row {r} reads differently");
+            let (k, v) = (part(&k, layout.k_dim), part(&v, layout.v_dim));
+            let (found_k, found_v) = (nan(k.len())?, nan(v.len())?);
+            let (to_k, to_v) = (address(&found_k, stream), address(&found_v, stream));
+            if count == 0 {
+                continue;
+            }
+            let range = tokens.start as u32..tokens.end as u32;
+            gpu.gather(&plan, r as u32, range, to_k, to_v)?;
+            if gpu.shape.rotate {
+                let from = Fresh {
+                    data: to_v,
+                    row: 0,
+                    head: (count * layout.v_dim) as i64,
+                    token: layout.v_dim as i64,
+                };
+                gpu.rotate(Turn::Back, (1, heads, count), from, to_v)?;
+            }
+            for (expected, found) in [(k, found_k), (v, found_v)] {
+                let found = stream.clone_dtoh(&found)?;
+                let same = expected
+                    .iter()
+                    .zip(&found)
+                    .all(|(e, f)| e.wide() == f.wide());
+                ensure!(same, "the past of row {r} reads differently");
+            }
         }
     }
     Ok(())
@@ -933,6 +933,7 @@ fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
     // Bad numbers of token 3: one, or all.
     let cases = [
         (f32::NAN, 1, 200),
+        (65520.0, 1, 200),
         (f32::NAN, 64, 200),
         (1e6, 1, 200),
         (f32::INFINITY, 1, 5),
@@ -942,13 +943,14 @@ fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
         let stream = kernels.stream();
         let gpu = DeviceLayer::new(kernels, shape(&spec), Dtype::F32, 1, 4, 10)?;
         let mut states = Blocks::new(4, 10, 128, 32);
-        let step = Step {
+        let row = Row {
+            seq: 1,
             past: 0,
             new: tokens,
             table: &[1, 2, 3],
         };
-        let states = states.begin(&[step])?;
-        let plan = DevicePlan::upload(&Plan::new(&states, 128, 1, 100), 1, stream)?;
+        let rows = states.begin(&[row], |_| Ok::<_, anyhow::Error>(()))?;
+        let plan = DevicePlan::upload(&Plan::new(&rows, 128, 1, 100), 1, stream)?;
         let mut numbers = vec![0.5f32; tokens * 64];
         let q = stream.clone_htod(&numbers)?;
         numbers[3 * 64 + 64 - count..4 * 64].fill(bad);
@@ -961,8 +963,8 @@ fn refuses_what_f16_cannot_hold(kernels: &Kernels) -> Result<()> {
         };
         gpu.append(&plan, fresh(&q), fresh(&numbers), fresh(&numbers))?;
         ensure!(
-            gpu.check().is_err(),
-            "{bad} among {tokens} tokens must be refused"
+            plan.faults(stream)? == [Some(5)],
+            "{bad} among {tokens} tokens must be told"
         );
         let beside = gpu.page(2)?;
         ensure!(

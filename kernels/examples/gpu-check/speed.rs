@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use cudarc::driver::sys::{CUevent_flags, CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::f16;
 use ott_backend::cache::LayerSpec;
 use ott_backend::{CpuOps, OttConfig, PageLayout};
 use ott_kernels::abi::{Fresh, Query, PARTIAL};
-use ott_kernels::blocks::{Blocks, Step};
+use ott_kernels::blocks::{Blocks, Refused, Row, RowPlan};
 use ott_kernels::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
-use ott_kernels::plan::{Plan, RowState};
+use ott_kernels::plan::Plan;
 use serde_json::{json, Value};
 
 use crate::paint::{keys, values, Noise};
@@ -114,12 +114,14 @@ fn sealing(kernels: &Kernels, options: &str) -> Result<Vec<f64>> {
     let q = stream.clone_htod(&values(&mut noise, num_heads * PROMPT * dim))?;
     let table: Vec<usize> = (1..num_blocks).collect();
     let mut blocks = Blocks::new(num_blocks, chunks, GROUP, config.residual);
-    let step = Step {
+    let row = Row {
+        seq: 1,
         past: 0,
         new: PROMPT,
         table: &table,
     };
-    let plan = DevicePlan::upload(&Plan::new(&blocks.begin(&[step])?, GROUP, 1, 1), 1, stream)?;
+    let rows = blocks.begin(&[row], |_| Ok::<_, Refused>(()))?;
+    let plan = DevicePlan::upload(&Plan::new(&rows, GROUP, 1, 1), 1, stream)?;
     let fresh = |x: &CudaSlice<f16>| Fresh {
         data: address(x, stream),
         row: 0,
@@ -130,7 +132,10 @@ fn sealing(kernels: &Kernels, options: &str) -> Result<Vec<f64>> {
     let mut times = time(stream, || {
         layer.append(&plan, fresh(&q), fresh(&k), fresh(&v))
     })?;
-    layer.check()?;
+    ensure!(
+        plan.faults(stream)? == [None],
+        "the prompt holds bad numbers"
+    );
     times.sort_by(f64::total_cmp);
     Ok(times)
 }
@@ -182,13 +187,14 @@ fn cell(
     let v = stream.clone_htod(&values(&mut noise, kv_heads * tokens * dim))?;
     let table: Vec<usize> = (1..num_blocks).collect();
     let mut blocks = Blocks::new(num_blocks, chunks, GROUP, config.residual);
-    let step = Step {
+    let row = Row {
+        seq: 1,
         past: 0,
         new: tokens,
         table: &table,
     };
-    let state = blocks.begin(&[step])?;
-    let sealed = state[0].sealed;
+    let state = blocks.begin(&[row], |_| Ok::<_, Refused>(()))?;
+    let sealed = state[0].pages;
     let window = tokens - sealed * GROUP;
     let of_row = state[0].chunks.clone();
     let plan = DevicePlan::upload(&Plan::new(&state, GROUP, 1, 1), 1, stream)?;
@@ -202,7 +208,10 @@ fn cell(
     let block_places = kv_heads * spec.layout.outliers;
     for layer in &layers {
         layer.append(&plan, Fresh::NOTHING, fresh(&k), fresh(&v))?;
-        layer.check()?;
+        ensure!(
+            plan.faults(stream)? == [None],
+            "the prompt holds bad numbers"
+        );
         for block in sealed + 1..num_blocks {
             let from = 1 + sealed / 2 + (block - 1) % (sealed - sealed / 2);
             copy_within(&layer.pages, from, block, page_bytes, stream)?;
@@ -218,14 +227,16 @@ fn cell(
                 .collect()
         })
         .collect();
-    let rows: Vec<RowState<'_>> = tables
-        .iter()
-        .map(|table| RowState {
+    let rows: Vec<RowPlan> = tables
+        .into_iter()
+        .zip(0..)
+        .map(|(table, seq)| RowPlan {
+            seq,
             past: pages * GROUP + window - 1,
             new: 1,
             table,
-            sealed_before: pages,
-            sealed: pages,
+            pages_before: pages,
+            pages,
             chunks_before: of_row.clone(),
             chunks: of_row.clone(),
         })

@@ -237,15 +237,6 @@ impl CudaStream {
         Ok(CudaSlice::filled(&self.context, len, 0xff))
     }
 
-    pub fn memset_zeros<T: DeviceRepr>(
-        self: &Arc<Self>,
-        to: &mut CudaSlice<T>,
-    ) -> Result<(), DriverError> {
-        // SAFETY: a slice's own memory.
-        unsafe { to.at.write_bytes(0, to.len) };
-        Ok(())
-    }
-
     pub fn clone_dtoh<T: DeviceRepr, From: DevicePtr<T>>(
         self: &Arc<Self>,
         from: &From,

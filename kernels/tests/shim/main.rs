@@ -6,6 +6,9 @@
 // `cudarc::driver` and `cudarc::nvrtc` are this crate's.
 extern crate self as cudarc;
 
+#[path = "../../src/cache.rs"]
+#[allow(dead_code)]
+mod cache;
 mod compile;
 #[path = "../../examples/gpu-check/conformance.rs"]
 #[allow(dead_code)]
@@ -15,12 +18,22 @@ mod detectors;
 #[allow(dead_code)]
 mod device;
 mod driver;
+#[path = "../../../ott-backend/tests/harness/mod.rs"]
+mod harness;
+mod histories;
 mod kernels;
+#[path = "../../../ott-backend/tests/machine/mod.rs"]
+mod machine;
 #[path = "../../examples/gpu-check/paint.rs"]
 mod paint;
+#[path = "../../../ott-backend/tests/pool/mod.rs"]
+mod pool;
+#[path = "../../../ott-backend/tests/reference/mod.rs"]
+mod reference;
+mod subject;
 mod teeth;
 
-use ott_kernels::{abi, plan, shape};
+use ott_kernels::{abi, blocks, plan, shape};
 
 mod nvrtc {
     pub struct Ptx;

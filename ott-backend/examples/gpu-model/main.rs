@@ -89,16 +89,17 @@ impl<'a> Cached<'a> {
             softcap: None,
         };
         let past = vec![past; tokens.len()];
-        self.model.forward(tokens, &past, &mut |layer, q, k, v| {
+        let logits = self.model.forward(tokens, &past, &mut |layer, q, k, v| {
             if !prompt {
                 return Ok(step.decode(layer, q, k, v, attn)?);
             }
-            // The same attention for prompts everywhere, so that what differs is the cache's; it sees the queries all the
-            // same.
-            step.prefill(layer, q, k, v, attn)?;
-            step.append(layer, k, v)?;
+            // The same attention for prompts everywhere, so that what differs is the cache's.
+            step.append(layer, q, k, v)?;
             causal(q, k, v)
-        })
+        })?;
+        let faults = self.cache.end_step()?;
+        anyhow::ensure!(faults.is_empty(), "{faults:?}");
+        Ok(logits)
     }
 }
 

@@ -2,25 +2,29 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(any(test, feature = "cuda"))]
+mod prompt;
 mod provider;
 mod stats;
 mod tensor;
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Result, Tensor};
-use mistralrs_kv_backend::{KvAttn, KvCacheBackend, KvPlan, KvStats, KvStep};
+use mistralrs_kv_backend::{KvAttn, KvCacheBackend, KvFault, KvPlan, KvStats, KvStep};
 
 pub use provider::{provider, register, OttProvider};
 pub use tensor::Activation;
 
 use crate::attention::{decode, Queries};
-use crate::cache::{Cache, LayerStats, NewQueries, Row};
-use crate::config::{OttConfig, Rotation, Weigh};
+use crate::cache::{Cache, LayerStats, NewQueries, NewTokens, Row, RowPlan};
+use crate::config::{OttConfig, Rotation};
 use crate::error::Error;
-use crate::prompt::{attend, NewTokens, Scores};
-use crate::rotate::rotate;
+use crate::prompt::{attend, Prompt, Scores};
+use crate::rotate::rotate_back;
 use tensor::{tensor, Rows, Slices};
 
 /// The cache of one model whose activations are `E`.
@@ -31,6 +35,35 @@ pub struct OttBackend<E> {
     num_heads: Arc<[usize]>,
     description: String,
     page_bits: f64,
+    /// Of the step that has begun and not ended.
+    step: Mutex<Option<Arc<StepRows>>>,
+}
+
+/// The rows of a step, and what became of them.
+#[derive(Debug)]
+struct StepRows {
+    plans: Vec<RowPlan>,
+    /// By row, why its new tokens could not be stored.
+    faults: Mutex<BTreeMap<usize, Error>>,
+}
+
+impl StepRows {
+    fn faults(&self) -> MutexGuard<'_, BTreeMap<usize, Error>> {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The rows as attention finds them after their tokens are stored; one with a fault has none.
+    fn stored(&self) -> Cow<'_, [RowPlan]> {
+        let faults = self.faults();
+        if faults.is_empty() {
+            return Cow::Borrowed(&self.plans);
+        }
+        let mut plans = self.plans.clone();
+        for row in faults.keys() {
+            (plans[*row].past, plans[*row].new) = (0, 0);
+        }
+        Cow::Owned(plans)
+    }
 }
 
 /// What tests and demonstrations may look at.
@@ -51,12 +84,11 @@ impl<E: Activation> Inspect for OttBackend<E> {
     }
 
     fn stats(&self, layer: usize) -> Option<LayerStats> {
-        Some(self.cache.layer(layer).ok()?.stats())
+        self.cache.stats(layer).ok()
     }
 
     fn page(&self, layer: usize, block: usize) -> Option<Vec<u8>> {
-        let layer = self.cache.layer(layer).ok()?;
-        layer.page(block).map(<[u8]>::to_vec)
+        self.cache.page(layer, block)
     }
 
     fn bytes(&self) -> usize {
@@ -67,22 +99,35 @@ impl<E: Activation> Inspect for OttBackend<E> {
 impl<E: Activation> KvCacheBackend for OttBackend<E> {
     fn begin_step(&self, plan: KvPlan) -> Result<Arc<dyn KvStep>> {
         check_block_size(&plan, &self.config)?;
-        self.cache.begin(&rows(&plan)).map_err(seam)?;
+        let step = Arc::new(StepRows {
+            plans: self.cache.begin(&rows(&plan)).map_err(seam)?,
+            faults: Mutex::default(),
+        });
+        *self.step() = Some(Arc::clone(&step));
         Ok(Arc::new(OttStep {
             cache: Arc::clone(&self.cache),
             rotation: self.config.rotation,
             num_heads: Arc::clone(&self.num_heads),
-            queries: LastQueries::default(),
+            rows: step,
             plan,
         }))
+    }
+
+    fn end_step(&self) -> Result<Vec<KvFault>> {
+        let Some(step) = self.step().take() else {
+            return Ok(Vec::new());
+        };
+        let faults = step.faults();
+        self.cache.end(|row| faults.contains_key(&row));
+        Ok(told(&step.plans, faults.iter()))
     }
 
     fn allocated(&self, _seq: usize, blocks: &[usize]) {
         self.cache.allocated(blocks);
     }
 
-    fn released(&self, _seq: usize, blocks: &[usize]) {
-        self.cache.released(blocks);
+    fn released(&self, seq: usize, blocks: &[usize]) -> Vec<usize> {
+        self.cache.released(seq, blocks)
     }
 
     fn reset(&self) {
@@ -99,7 +144,7 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
 
     fn stats(&self) -> KvStats {
         let layers = 0..self.cache.num_layers();
-        let layers = layers.filter_map(|layer| Some(self.cache.layer(layer).ok()?.stats()));
+        let layers = layers.filter_map(|layer| self.cache.stats(layer).ok());
         stats::stats(&layers.collect::<Vec<_>>(), &self.config, self.page_bits)
     }
 }
@@ -109,7 +154,7 @@ struct OttStep<E> {
     cache: Arc<Cache<E>>,
     rotation: Rotation,
     num_heads: Arc<[usize]>,
-    queries: LastQueries,
+    rows: Arc<StepRows>,
     plan: KvPlan,
 }
 
@@ -136,8 +181,7 @@ impl<E: Activation> KvStep for OttStep<E> {
     ) -> Result<Option<Tensor>> {
         let cache = self.cache.layer(layer).map_err(seam)?;
         let layout = &cache.spec().layout;
-        let rows = rows(&self.plan);
-        let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
+        let (rows, new) = (&self.rows.plans, longest(&self.plan));
         let (num_heads, kv_heads) = (self.num_heads[layer], layout.num_kv_heads);
         let q_rows = Rows::new::<E>("q", q, (rows.len(), num_heads, new, layout.k_dim))?;
         let k = Rows::new::<E>("k", k, (rows.len(), kv_heads, new, layout.k_dim))?;
@@ -147,23 +191,21 @@ impl<E: Activation> KvStep for OttStep<E> {
         let v = if turned { v.rotated::<E>()? } else { v };
         let tokens = q_rows.tokens();
         let mut out = vec![E::default(); rows.len() * num_heads * tokens * layout.v_dim];
-        self.queries.keep(layer, q);
         let scores = Scores {
             num_heads,
             scale: attn.scale,
             softcap: attn.softcap,
         };
         with_all(&q_rows, &k, &v, |q, k, v| {
-            let new = rows.iter().enumerate().map(|(i, row)| NewTokens {
-                row: *row,
+            let new = rows.iter().enumerate().map(|(i, row)| Prompt {
+                row,
                 q: q.row(i),
                 k: k.row(i),
                 v: v.row(i),
             });
-            let new: Vec<NewTokens<'_, E>> = new.collect();
-            attend(&cache, &new, scores, tokens, &mut out)
-        })?
-        .map_err(seam)?;
+            let new: Vec<Prompt<'_, E>> = new.collect();
+            attend(&cache, &new, scores, tokens, &mut out);
+        })?;
         if turned {
             turn_back(&mut out, layout.v_dim);
         }
@@ -172,15 +214,15 @@ impl<E: Activation> KvStep for OttStep<E> {
     }
 
     fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
-        let rows = rows(&self.plan);
-        let Some(row) = rows.get(row) else {
-            let rows = rows.len();
+        let plans = &self.rows.plans;
+        let Some(row) = plans.get(row) else {
+            let rows = plans.len();
             return Err(seam(Error::NoSuchRow { row, rows }));
         };
         let cache = self.cache.layer(layer).map_err(seam)?;
         let layout = &cache.spec().layout;
         let (heads, past) = (layout.num_kv_heads, row.past);
-        let (k, mut v) = cache.gather(row).map_err(seam)?;
+        let (k, mut v) = cache.gather(&row.before());
         if self.rotation == Rotation::Values {
             turn_back(&mut v, layout.v_dim);
         }
@@ -190,9 +232,8 @@ impl<E: Activation> KvStep for OttStep<E> {
         ))
     }
 
-    fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let q = self.queries.take(layer);
-        self.store(layer, q.as_ref(), k, v)
+    fn append(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        self.store(layer, q, k, v)
     }
 
     fn decode(
@@ -203,11 +244,10 @@ impl<E: Activation> KvStep for OttStep<E> {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Tensor> {
-        self.store(layer, Some(q), k, v)?;
+        self.store(layer, q, k, v)?;
         let cache = self.cache.layer(layer).map_err(seam)?;
         let layout = &cache.spec().layout;
-        let rows = rows(&self.plan);
-        let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
+        let (rows, new) = (self.rows.stored(), longest(&self.plan));
         let num_heads = self.num_heads[layer];
         let queries = Rows::new::<E>("q", q, (rows.len(), num_heads, new, layout.k_dim))?;
         let tokens = queries.tokens();
@@ -221,7 +261,7 @@ impl<E: Activation> KvStep for OttStep<E> {
         };
         decode(&cache, &rows, &queries, &mut out);
         if self.rotation == Rotation::Values {
-            out.chunks_exact_mut(layout.v_dim).for_each(rotate);
+            out.chunks_exact_mut(layout.v_dim).for_each(rotate_back);
         }
         let out: Vec<E> = out.into_iter().map(E::round).collect();
         let shape = (rows.len(), num_heads, tokens, layout.v_dim);
@@ -229,66 +269,67 @@ impl<E: Activation> KvStep for OttStep<E> {
     }
 }
 
-/// The queries of the layer whose prompt was attended to last, until its keys are stored.
-#[derive(Default)]
-struct LastQueries(Mutex<Option<(usize, Tensor)>>);
-
-impl LastQueries {
-    /// Keep those of a prompt.
-    fn keep(&self, layer: usize, q: &Tensor) {
-        *self.last() = Some((layer, q.clone()));
-    }
-
-    /// Those of the prompt whose keys are stored now, if it was attended to through this step.
-    fn take(&self, layer: usize) -> Option<Tensor> {
-        let last = self.last().take();
-        last.filter(|(of, _)| *of == layer).map(|(_, q)| q)
-    }
-
-    fn last(&self) -> MutexGuard<'_, Option<(usize, Tensor)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl<E: Activation> OttBackend<E> {
+    fn step(&self) -> MutexGuard<'_, Option<Arc<StepRows>>> {
+        self.step.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<E: Activation> OttStep<E> {
-    /// Store the new tokens of all rows in one layer.
-    fn store(&self, layer: usize, q: Option<&Tensor>, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (heads, k_dim, v_dim, weigh) = {
+    /// Store the new tokens of all rows in one layer, but for rows with a fault.
+    fn store(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        let (heads, k_dim, v_dim) = {
             let cache = self.cache.layer(layer).map_err(seam)?;
-            let (layout, config) = (&cache.spec().layout, &cache.spec().config);
-            (
-                layout.num_kv_heads,
-                layout.k_dim,
-                layout.v_dim,
-                config.weigh,
-            )
+            let layout = &cache.spec().layout;
+            (layout.num_kv_heads, layout.k_dim, layout.v_dim)
         };
-        let rows = rows(&self.plan);
-        let new = rows.iter().map(|row| row.new).max().unwrap_or(0);
+        let (plans, new) = (&self.rows.plans, longest(&self.plan));
         let num_heads = self.num_heads[layer];
-        // Nobody asks for them where keys are not weighed.
-        let q = q.filter(|_| weigh == Weigh::Queries);
-        let q = q.map(|q| Rows::new::<E>("q", q, (rows.len(), num_heads, new, k_dim)));
-        let q = q.transpose()?;
-        let k = Rows::new::<E>("k", k, (rows.len(), heads, new, k_dim))?;
-        let v = Rows::new::<E>("v", v, (rows.len(), heads, new, v_dim))?;
+        let of = |heads, dim| (plans.len(), heads, new, dim);
+        let q = Rows::new::<E>("q", q, of(num_heads, k_dim))?;
+        let k = Rows::new::<E>("k", k, of(heads, k_dim))?;
+        let v = Rows::new::<E>("v", v, of(heads, v_dim))?;
         let v = match self.rotation {
             Rotation::None => v,
             Rotation::Values => v.rotated::<E>()?,
         };
-        // Without queries the keys stand in their place, and nobody asks for them.
-        with_all(q.as_ref().unwrap_or(&k), &k, &v, |new, k, v| {
-            rows.iter().enumerate().try_for_each(|(i, row)| {
-                let queries = q.as_ref().map(|_| NewQueries {
-                    tokens: new.row(i),
+        let mut faults = self.rows.faults();
+        let good: Vec<usize> = (0..plans.len())
+            .filter(|i| !faults.contains_key(i))
+            .collect();
+        let found = with_all(&q, &k, &v, |q, k, v| {
+            let rows = good.iter().map(|&i| NewTokens {
+                row: &plans[i],
+                q: Some(NewQueries {
+                    tokens: q.row(i),
                     num_heads,
-                });
-                let queries = queries.as_ref();
-                self.cache.append(layer, row, queries, &k.row(i), &v.row(i))
-            })
-        })?
-        .map_err(seam)
+                }),
+                k: k.row(i),
+                v: v.row(i),
+            });
+            self.cache.append(layer, &rows.collect::<Vec<_>>())
+        })?;
+        let found = found.map_err(seam)?.into_iter();
+        faults.extend(found.map(|(i, fault)| (good[i], fault)));
+        Ok(())
     }
+}
+
+/// Faults of rows, by the host's sequences.
+fn told<'a>(
+    plans: &[RowPlan],
+    faults: impl Iterator<Item = (&'a usize, &'a Error)>,
+) -> Vec<KvFault> {
+    let fault = |(row, error): (&usize, &Error)| KvFault {
+        seq: plans[*row].seq,
+        error: error.to_string(),
+    };
+    faults.map(fault).collect()
+}
+
+/// Most new tokens of a row.
+fn longest(plan: &KvPlan) -> usize {
+    plan.rows.iter().map(|row| row.new).max().unwrap_or(0)
 }
 
 /// Do something with the numbers of three tensors.
@@ -306,7 +347,7 @@ fn turn_back<E: Activation>(x: &mut [E], v_dim: usize) {
     let mut wide = vec![0f32; v_dim];
     for x in x.chunks_exact_mut(v_dim) {
         E::widen(x, &mut wide);
-        rotate(&mut wide);
+        rotate_back(&mut wide);
         E::narrow(&wide, x);
     }
 }

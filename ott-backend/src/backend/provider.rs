@@ -64,6 +64,7 @@ impl OttProvider {
             num_heads: shape.layers.iter().map(|l| l.num_heads).collect(),
             description,
             page_bits,
+            step: Mutex::default(),
         });
         let inspect: Arc<dyn Inspect> = backend.clone();
         self.remember(&inspect);
@@ -336,7 +337,7 @@ mod tests {
         OTT cache: keys at 2 bits, values at 2 (2.49 with scales), ranges clipped, keys weighed by queries, a third bit for 12 of 64 key channels, values rotated, in groups of 128 tokens
           in full precision: the newest 32 to 159 tokens, and per head at most 35 outlier tokens (3 at a time) from layer 2 on
           pool: 8192 tokens in 28.5 MiB; f16 would take 180.0 MiB, 6.32 times as much
-          besides, at worst: 12.2 MiB for windows of 2 sequences and for traced tokens
+          besides, at worst: 12.1 MiB for windows of 2 sequences and for traced tokens
         "#);
         drop(cache);
         assert!(provider.caches().is_empty());

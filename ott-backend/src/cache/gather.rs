@@ -7,30 +7,25 @@ use rayon::prelude::*;
 
 use super::element::Element;
 use super::layer::LayerCache;
-use super::staging::CHUNK;
 use super::tile::{Tile, KEY_STRIDE, TILE};
-use super::Row;
-use crate::error::Result;
+use super::{Stored, CHUNK};
 
 impl<E: Element> LayerCache<E> {
-    /// Keys `(num_kv_heads, past, k_dim)` and values `(num_kv_heads, past, v_dim)` of a row's past.
-    ///
-    /// # Errors
-    /// If some of the past is not there.
-    pub fn gather(&self, row: &Row<'_>) -> Result<(Vec<E>, Vec<E>)> {
-        self.check_past(row)?;
+    /// Keys `(num_kv_heads, tokens, k_dim)` and values `(num_kv_heads, tokens, v_dim)`.
+    pub fn gather(&self, stored: &Stored<'_>) -> (Vec<E>, Vec<E>) {
         let layout = &self.spec().layout;
-        let (k_len, v_len) = (row.past * layout.k_dim, row.past * layout.v_dim);
+        let (k_len, v_len) = (stored.tokens * layout.k_dim, stored.tokens * layout.v_dim);
         let mut k = vec![E::default(); layout.num_kv_heads * k_len];
         let mut v = vec![E::default(); layout.num_kv_heads * v_len];
-        if row.past > 0 {
+        if stored.tokens > 0 {
             let heads = k.par_chunks_mut(k_len).zip(v.par_chunks_mut(v_len));
             heads.enumerate().for_each(|(head, (k, v))| {
                 let mut tile = Tile::new(layout.k_dim, layout.v_dim);
                 let tokens = k.chunks_mut(layout.k_dim).zip(v.chunks_mut(layout.v_dim));
                 for (t, (k, v)) in tokens.enumerate() {
                     if t % TILE == 0 {
-                        self.read(row, head, t..(t + TILE).min(row.past), &mut tile);
+                        let tokens = t..(t + TILE).min(stored.tokens);
+                        self.read(stored, head, tokens, &mut tile);
                     }
                     let key = tile.key(t % TILE);
                     k.iter_mut().zip(key).for_each(|(k, x)| *k = E::round(x));
@@ -38,26 +33,20 @@ impl<E: Element> LayerCache<E> {
                 }
             });
         }
-        Ok((k, v))
+        (k, v)
     }
 
-    /// Whether the past of a row is there.
-    ///
-    /// # Errors
-    /// Naming the block.
-    pub fn check_past(&self, row: &Row<'_>) -> Result<()> {
-        self.check(&Row { new: 0, ..*row })
-    }
-
-    /// Tokens of a row's past, which is there, in one head. The first is the first of a block, and
-    /// there are [`TILE`] of them at most.
-    pub fn read(&self, row: &Row<'_>, head: usize, tokens: Range<usize>, tile: &mut Tile) {
+    /// Some stored tokens in one head. The first is the first of a block, and there are [`TILE`] of them at most.
+    pub fn read(&self, stored: &Stored<'_>, head: usize, tokens: Range<usize>, tile: &mut Tile) {
         let group = self.spec().layout.group_size;
         for start in tokens.clone().step_by(group) {
-            let (block, at) = (row.table[start / group], start - tokens.start);
-            match self.is_sealed(block) {
-                true => self.read_page(block, head, at, tile),
-                false => self.read_open(block, head, at, group.min(tokens.end - start), tile),
+            let (i, at) = (start / group, start - tokens.start);
+            match i < stored.pages {
+                true => self.read_page(stored.table[i], head, at, tile),
+                false => {
+                    let chunks = &stored.chunks[(i - stored.pages) * (group / CHUNK)..];
+                    self.read_chunks(chunks, head, at, group.min(tokens.end - start), tile);
+                }
             }
         }
     }
@@ -71,13 +60,11 @@ impl<E: Element> LayerCache<E> {
         }
     }
 
-    fn read_open(&self, block: usize, head: usize, at: usize, len: usize, tile: &mut Tile) {
+    fn read_chunks(&self, chunks: &[u32], head: usize, at: usize, len: usize, tile: &mut Tile) {
         let layout = &self.spec().layout;
         let (k_dim, v_dim) = (layout.k_dim, layout.v_dim);
         for start in (0..len).step_by(CHUNK) {
-            let Some((keys, values)) = self.chunk(block, start / CHUNK, head) else {
-                continue; // `check_past` has refused blocks that hold nothing.
-            };
+            let (keys, values) = self.chunk(chunks[start / CHUNK], head);
             let token = |t: usize| {
                 let (key, value) = (&keys[t * k_dim..], &values[t * v_dim..]);
                 (&key[..k_dim], &value[..v_dim])

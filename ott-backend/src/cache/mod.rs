@@ -1,15 +1,17 @@
-//! The lifecycle: append, window, trace, seal; for all layers of a model.
+//! The cache of all layers of a model: append, window, trace, seal.
 //!
-//! A block holds G tokens and is, in each layer, **empty**, **open** (its tokens in full precision,
-//! in chunks of 32) or **sealed** (a page). Group `i` of a sequence of `n` tokens is sealed once
+//! Which blocks are pages and which chunks hold the window is decided once for all layers, by
+//! [`ott_kernels::blocks`]; a layer keeps bytes. Group `i` of a sequence of `n` tokens is a page once
 //! `n >= (i + 1) G + R`. A page is a function of the tokens up to its end: whatever the batch, the
 //! steps in which the tokens came, or the moment of sealing.
 //!
-//! | event | effect |
+//! | call | effect |
 //! |---|---|
-//! | append | groups that leave the window are sealed, the rest is staged; the newest tokens can be written again |
-//! | released | full open blocks are sealed, because they may be hit again; blocks in part are dropped |
-//! | allocated | the block is empty |
+//! | [`Cache::begin`] | a step is planned; stored groups that leave the window are sealed |
+//! | [`Cache::append`] | in one layer, new groups that leave the window are sealed and the other new tokens are staged |
+//! | [`Cache::end`] | what the step wrote counts; a step without it is undone |
+//! | [`Cache::released`] | full blocks of the window are sealed, because they may be hit again; blocks in part are dropped |
+//! | [`Cache::allocated`] | the block is empty |
 
 mod element;
 mod gather;
@@ -22,41 +24,34 @@ mod tile;
 mod trace;
 mod traced;
 mod view;
-mod window;
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use ott_kernels::blocks::Blocks;
 use rayon::prelude::*;
 
 pub use element::{Element, Tokens};
-pub use layer::{LayerCache, BLOCK_STATE_BYTES};
+pub use layer::LayerCache;
+pub use ott_kernels::blocks::{Row, RowPlan, Stored, BLOCK_STATE_BYTES, CHUNK};
 pub use page::PageHead;
 pub use sample::NewQueries;
 pub use seal::{seal_groups, LayerSpec, SealedHead};
-pub use staging::CHUNK;
 pub use tile::{Tile, KEY_STRIDE, TILE};
 pub use trace::TraceState;
 
 use crate::error::{Error, Result};
 
-/// One sequence in one step: tokens `0..past` are stored, `new` come now.
+/// One row's new tokens in one layer.
 #[derive(Clone, Copy, Debug)]
-pub struct Row<'a> {
-    /// The host's sequence, for messages.
-    pub seq: usize,
-    /// Tokens stored.
-    pub past: usize,
-    /// Tokens of this step.
-    pub new: usize,
-    /// Block ids in order.
-    pub table: &'a [usize],
-}
-
-impl Row<'_> {
-    /// Tokens after this step.
-    pub fn end(&self) -> usize {
-        self.past.saturating_add(self.new)
-    }
+pub struct NewTokens<'a, E> {
+    /// What the row reads and writes.
+    pub row: &'a RowPlan,
+    /// Queries; without them all channels of these tokens' keys count alike.
+    pub q: Option<NewQueries<'a, E>>,
+    /// Keys, `(num_kv_heads, new, k_dim)`.
+    pub k: Tokens<'a, E>,
+    /// Values, `(num_kv_heads, new, v_dim)`, in the basis in which they are kept.
+    pub v: Tokens<'a, E>,
 }
 
 /// Counts of one layer.
@@ -83,14 +78,11 @@ pub struct LayerStats {
 #[derive(Debug)]
 pub struct Cache<E> {
     layers: Vec<RwLock<LayerCache<E>>>,
-    /// By block: the block before it in its sequence, 0 if none.
-    previous: RwLock<Vec<u32>>,
-    group_size: usize,
-    num_blocks: usize,
+    blocks: Mutex<Blocks>,
 }
 
-/// No predecessor: the padding block never holds tokens.
-pub const NO_BLOCK: u32 = 0;
+/// Bytes of a sequence's window in tables, at most.
+const WINDOW_TABLE_BYTES: usize = 256;
 
 impl<E: Element> Cache<E> {
     /// Bytes of one block and bytes beside the blocks, over all layers, at worst.
@@ -101,19 +93,22 @@ impl<E: Element> Cache<E> {
         let add = |sum: (usize, usize), x: (usize, usize)| {
             (sum.0 + x.0, usize::saturating_add(sum.1, x.1))
         };
-        let (block, fixed) = layers.fold((0, 0), add);
-        (block + size_of::<u32>(), fixed)
+        let tables = max_seqs.saturating_mul(WINDOW_TABLE_BYTES);
+        layers.fold((BLOCK_STATE_BYTES, tables), add)
     }
 
     /// An empty cache of `num_blocks` blocks, the padding block among them.
     pub fn new(specs: Vec<LayerSpec>, num_blocks: usize, max_seqs: usize) -> Self {
-        let group_size = specs.first().map_or(1, |s| s.layout.group_size);
-        let layer = |spec| RwLock::new(LayerCache::new(spec, num_blocks, max_seqs));
+        let (group, residual) = specs.first().map_or((1, 0), |spec| {
+            (spec.layout.group_size, spec.config.residual)
+        });
+        let chunks = specs.first().map_or(0, |spec| spec.chunks(max_seqs));
         Self {
-            layers: specs.into_iter().map(layer).collect(),
-            previous: RwLock::new(vec![NO_BLOCK; num_blocks]),
-            group_size,
-            num_blocks,
+            blocks: Mutex::new(Blocks::new(num_blocks, chunks, group, residual)),
+            layers: specs
+                .into_iter()
+                .map(|spec| RwLock::new(LayerCache::new(spec, num_blocks)))
+                .collect(),
         }
     }
 
@@ -122,45 +117,38 @@ impl<E: Element> Cache<E> {
         self.layers.len()
     }
 
-    /// Check a step and make room for it in all layers.
+    /// Plan a step. A step that has not ended is undone.
     ///
     /// # Errors
-    /// If blocks or tokens are missing, or a block is written twice or is sealed.
-    pub fn begin(&self, rows: &[Row<'_>]) -> Result<()> {
-        check_tables(rows, self.group_size, self.num_blocks)?;
-        for layer in &self.layers {
-            let mut layer = write(layer);
-            rows.iter().try_for_each(|row| layer.check(row))?;
-            layer.reserve(rows)?;
+    /// If blocks or tokens are missing, a block is sealed or is another sequence's too, or the window has no room; the
+    /// cache is as it was.
+    pub fn begin(&self, rows: &[Row<'_>]) -> Result<Vec<RowPlan>> {
+        let mut blocks = self.blocks();
+        let plans = blocks.begin(rows, |wave| self.seal(wave));
+        self.clear_void(&mut blocks);
+        let plans = plans?;
+        let chunks = plans.iter().flat_map(|plan| &plan.chunks);
+        if let Some(last) = chunks.max() {
+            let layers = self.layers.iter();
+            layers.for_each(|layer| write(layer).make_chunks(*last));
         }
-        let mut previous = self
-            .previous
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        for row in rows {
-            let first = (row.past / self.group_size).saturating_sub(1);
-            for i in first..row.end().div_ceil(self.group_size) {
-                let before = i.checked_sub(1).map(|i| row.table[i] as u32);
-                previous[row.table[i]] = before.unwrap_or(NO_BLOCK);
-            }
-        }
-        Ok(())
+        Ok(plans)
     }
 
-    /// Store a row's new tokens in one layer. `q` are these tokens' queries, by which errors of keys are
-    /// weighed.
+    /// Store the new tokens of all rows in one layer. By row, why its tokens could not be stored, if so: such a row is left
+    /// out, here and in the layers after this one.
     ///
     /// # Errors
-    /// See [`LayerCache::append`].
-    pub fn append(
-        &self,
-        layer: usize,
-        row: &Row<'_>,
-        q: Option<&NewQueries<'_, E>>,
-        k: &Tokens<'_, E>,
-        v: &Tokens<'_, E>,
-    ) -> Result<()> {
-        write(self.lock(layer)?).append(row, q, k, v)
+    /// If there is no such layer.
+    pub fn append(&self, layer: usize, rows: &[NewTokens<'_, E>]) -> Result<Vec<(usize, Error)>> {
+        Ok(write(self.lock(layer)?).append(rows))
+    }
+
+    /// The step has passed all layers, but for rows of which `failed` is true: those are undone.
+    pub fn end(&self, failed: impl Fn(usize) -> bool) {
+        let mut blocks = self.blocks();
+        blocks.end(failed);
+        self.clear_void(&mut blocks);
     }
 
     /// One layer, to be read.
@@ -172,65 +160,79 @@ impl<E: Element> Cache<E> {
     }
 
     /// Blocks were handed out: what they held is dead.
-    pub fn allocated(&self, blocks: &[usize]) {
+    pub fn allocated(&self, given: &[usize]) {
+        let mut blocks = self.blocks();
+        blocks.allocated(given);
+        self.clear_void(&mut blocks);
         for layer in &self.layers {
             let mut layer = write(layer);
-            for &block in blocks.iter().filter(|b| **b < self.num_blocks) {
-                layer.clear(block);
-            }
+            given.iter().for_each(|block| layer.clear(*block));
         }
     }
 
-    /// A sequence gave up blocks, in table order. Full ones are sealed, others forgotten. One that
-    /// cannot be sealed is forgotten too: whoever reads it gets an error, not wrong numbers.
-    pub fn released(&self, blocks: &[usize]) {
-        let mut before = None;
-        for &block in blocks.iter().filter(|b| **b < self.num_blocks) {
-            let mut layers = self.layers.iter();
-            if !layers.all(|layer| read(layer).held(block) == self.group_size)
-                || self.flush(block, before).is_err()
-            {
-                self.layers
-                    .iter()
-                    .for_each(|layer| write(layer).clear(block));
-            }
-            before = Some(block);
-        }
-    }
-
-    /// Seal a block behind the one before it in the table that is released. Sequences that hit it may
-    /// have a copy of that one before it, which is still open; so for the table's first block alone
-    /// it is asked what was before it in the last step.
-    fn flush(&self, block: usize, before: Option<usize>) -> Result<()> {
-        let previous = self.previous.read().unwrap_or_else(PoisonError::into_inner);
-        let previous = before.or(match previous[block] {
-            NO_BLOCK => None,
-            before => Some(before as usize),
-        });
-        self.layers.par_iter().try_for_each(|layer| {
-            let sealed = read(layer).is_sealed(block);
-            match sealed {
-                true => Ok(()),
-                false => write(layer).flush(block, previous),
-            }
-        })
+    /// A sequence gave up blocks, in table order. Those that are in no other sequence's window are sealed if they are full,
+    /// and forgotten if they are not. The blocks that hold nothing to hit any more, these and others.
+    pub fn released(&self, seq: usize, given: &[usize]) -> Vec<usize> {
+        let mut blocks = self.blocks();
+        let lost = blocks.released(seq, given, |wave| self.seal(wave));
+        self.clear_void(&mut blocks);
+        lost
     }
 
     /// Forget everything.
     pub fn reset(&self) {
+        let mut blocks = self.blocks();
+        blocks.reset();
         self.layers.iter().for_each(|layer| write(layer).reset());
-        let mut previous = self
-            .previous
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        previous.fill(NO_BLOCK);
+    }
+
+    /// Counts of one layer.
+    ///
+    /// # Errors
+    /// If there is no such layer.
+    pub fn stats(&self, layer: usize) -> Result<LayerStats> {
+        let (counts, pages) = {
+            let blocks = self.blocks();
+            (blocks.counts(), blocks.pages())
+        };
+        Ok(LayerStats {
+            sealed_blocks: counts.pages,
+            staging_chunks: counts.chunks,
+            tokens: counts.tokens,
+            window_tokens: counts.window,
+            ..self.layer(layer)?.count(&pages)
+        })
+    }
+
+    /// The page of a block in one layer, if it has one.
+    pub fn page(&self, layer: usize, block: usize) -> Option<Vec<u8>> {
+        let blocks = self.blocks();
+        let layer = blocks.is_page(block).then(|| self.layer(layer).ok())??;
+        Some(layer.page(block).to_vec())
     }
 
     /// Bytes held now, all layers.
     pub fn allocated_bytes(&self) -> usize {
         let layers = self.layers.iter();
         let layers: usize = layers.map(|layer| read(layer).allocated_bytes()).sum();
-        layers + self.num_blocks * size_of::<u32>()
+        layers + self.blocks().num_blocks() * BLOCK_STATE_BYTES
+    }
+
+    /// Make pages out of stored tokens, in all layers.
+    fn seal(&self, wave: &[RowPlan]) -> Result<()> {
+        self.layers.par_iter().try_for_each(|layer| {
+            let mut layer = write(layer);
+            wave.iter().try_for_each(|plan| layer.seal_stored(plan))
+        })
+    }
+
+    /// Pages that some layers have and that do not count keep no traced tokens.
+    fn clear_void(&self, blocks: &mut Blocks) {
+        let void = blocks.take_void();
+        for layer in self.layers.iter().filter(|_| !void.is_empty()) {
+            let mut layer = write(layer);
+            void.iter().for_each(|block| layer.clear(*block));
+        }
     }
 
     fn lock(&self, layer: usize) -> Result<&RwLock<LayerCache<E>>> {
@@ -239,39 +241,10 @@ impl<E: Element> Cache<E> {
             layers: self.layers.len(),
         })
     }
-}
 
-/// Whether the tables of a step cover its tokens and no block is written twice.
-///
-/// # Errors
-/// Naming the sequence or the block.
-pub fn check_tables(rows: &[Row<'_>], group_size: usize, num_blocks: usize) -> Result<()> {
-    if rows.is_empty() {
-        return Err(Error::EmptyPlan);
+    fn blocks(&self) -> MutexGuard<'_, Blocks> {
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    let mut written = std::collections::HashSet::new();
-    for row in rows {
-        let (seq, past, new) = (row.seq, row.past, row.new);
-        let Some(blocks) = row.table.get(..row.end().div_ceil(group_size)) else {
-            return Err(Error::ShortTable {
-                seq,
-                past,
-                new,
-                blocks: row.table.len(),
-                group: group_size,
-            });
-        };
-        let outside = |b: &&usize| !(1..num_blocks).contains(*b);
-        if let Some(&block) = blocks.iter().find(outside) {
-            return Err(Error::NoSuchBlock { block, num_blocks });
-        }
-        for &block in &blocks[past / group_size..] {
-            if !written.insert(block) {
-                return Err(Error::SharedWrite { block, seq });
-            }
-        }
-    }
-    Ok(())
 }
 
 // A lock is poisoned by a panic that ended a request; `reset` brings a sane state.

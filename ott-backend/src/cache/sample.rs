@@ -2,7 +2,6 @@
 //! head and the roots of their mean squares ([`weigh`](crate::weigh)).
 
 use super::element::{Element, Tokens};
-use super::Row;
 use crate::weigh::SAMPLED;
 
 /// Queries of new tokens.
@@ -27,21 +26,21 @@ pub struct NewSamples<E> {
 }
 
 impl<E: Element> NewSamples<E> {
-    /// Of the tokens of `row`, whose keys have `k_dim` channels; zero where there are no queries.
+    /// Of the tokens `past..end` of a sequence, whose keys have `k_dim` channels; zero where there are no queries.
     pub fn new(
-        row: &Row<'_>,
+        (past, end): (usize, usize),
         queries: Option<&NewQueries<'_, E>>,
         heads: usize,
         k_dim: usize,
     ) -> Self {
-        let (first, end) = (row.past / SAMPLED, row.end() / SAMPLED);
+        let (first, end) = (past / SAMPLED, end / SAMPLED);
         let width = 2 * k_dim;
         let mut numbers = vec![E::default(); (end - first) * heads * width];
         if let Some(queries) = queries {
             let shared = queries.num_heads / heads;
             for (i, sample) in numbers.chunks_exact_mut(width).enumerate() {
                 let (token, head) = ((first + i / heads + 1) * SAMPLED - 1, i % heads);
-                let of_head = |q| queries.tokens.row(head * shared + q, token - row.past);
+                let of_head = |q| queries.tokens.row(head * shared + q, token - past);
                 summarize((0..shared).map(of_head), sample);
             }
         }
@@ -98,17 +97,11 @@ mod tests {
         let q: Vec<f32> = (0..num_heads * tokens)
             .flat_map(|i| [(i / tokens) as f32, (i % tokens) as f32])
             .collect();
-        let row = Row {
-            seq: 0,
-            past: 20,
-            new: tokens,
-            table: &[],
-        };
         let queries = NewQueries {
             tokens: Tokens::contiguous(&q, tokens, 2),
             num_heads,
         };
-        let samples = NewSamples::new(&row, Some(&queries), 2, 2);
+        let samples = NewSamples::new((20, 20 + tokens), Some(&queries), 2, 2);
         // Tokens 31 and 47 of the sequence are new tokens 11 and 27; 63 is not there yet.
         assert_eq!(samples.places(), 1..3);
         let rms = |a: f32, b: f32| ((a * a + b * b) / 2.0).sqrt();
@@ -121,7 +114,7 @@ mod tests {
             Some(&[2.5, 27.0, rms(2.0, 3.0), 27.0][..])
         );
         assert_eq!((samples.get(0, 0), samples.get(3, 0)), (None, None));
-        let none = NewSamples::<f32>::new(&row, None, 2, 2);
+        let none = NewSamples::<f32>::new((20, 20 + tokens), None, 2, 2);
         assert_eq!(none.get(2, 1), Some(&[0.0; 4][..]));
     }
 }

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::element::Element;
 use super::trace::TraceState;
+use super::CHUNK;
 use crate::config::{Clip, OttConfig, Weigh};
 use crate::cpu::CpuOps;
 use crate::error::{Error, Result};
@@ -23,6 +24,13 @@ pub struct LayerSpec {
     pub layout: PageLayout,
     /// The inner loops.
     pub ops: &'static CpuOps,
+}
+
+impl LayerSpec {
+    /// Chunks of the window: a sequence's tokens that are in no page are fewer than G + R.
+    pub fn chunks(&self, max_seqs: usize) -> usize {
+        max_seqs.saturating_mul((self.layout.group_size + self.config.residual) / CHUNK)
+    }
 }
 
 /// One head's part of a page that was just made.

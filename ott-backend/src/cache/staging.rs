@@ -7,22 +7,18 @@ use crate::config::{OttConfig, Weigh};
 use crate::layout::PageLayout;
 use crate::weigh::SAMPLED;
 
-/// Tokens of a chunk.
-pub const CHUNK: usize = 32;
+use super::CHUNK;
 
-/// Bytes of tables that a chunk costs at worst: its pointer and a place in the free list, both in
-/// vectors that double and begin with four.
-const TABLE_BYTES: usize = 4 * (size_of::<Box<[u8]>>() + size_of::<u32>());
+/// Bytes of tables that a chunk costs at worst: its pointer, in a vector that doubles and begins with four.
+const TABLE_BYTES: usize = 4 * size_of::<Box<[u8]>>();
 
 /// Chunks of one layer: each holds all kv heads, per head 32 keys and then 32 values, and after them, per head, the
 /// samples of these tokens' queries, where keys are weighed by them.
 ///
-/// Chunks are made when they are first needed, never more than `limit`, and kept.
+/// Chunks are made when they are first needed, and kept.
 #[derive(Debug)]
 pub struct Staging<E> {
     chunks: Vec<Box<[E]>>,
-    free: Vec<u32>,
-    limit: usize,
     heads: usize,
     k_dim: usize,
     v_dim: usize,
@@ -40,11 +36,9 @@ fn samples(layout: &PageLayout, config: &OttConfig) -> usize {
 
 impl<E: Element> Staging<E> {
     /// An empty store.
-    pub fn new(layout: &PageLayout, config: &OttConfig, limit: usize) -> Self {
+    pub fn new(layout: &PageLayout, config: &OttConfig) -> Self {
         Self {
             chunks: Vec::new(),
-            free: Vec::new(),
-            limit,
             heads: layout.num_kv_heads,
             k_dim: layout.k_dim,
             v_dim: layout.v_dim,
@@ -62,46 +56,16 @@ impl<E: Element> Staging<E> {
     /// Bytes held now.
     pub fn allocated_bytes(&self) -> usize {
         let numbers: usize = self.chunks.iter().map(|c| c.len()).sum();
-        let tables = self.chunks.capacity() * size_of::<Box<[E]>>()
-            + self.free.capacity() * size_of::<u32>();
+        let tables = self.chunks.capacity() * size_of::<Box<[E]>>();
         numbers * size_of::<E>() + tables
     }
 
-    /// Chunks in use.
-    pub fn in_use(&self) -> usize {
-        self.chunks.len() - self.free.len()
-    }
-
-    /// Make chunks until `total` of them exist; false beyond the limit.
-    pub fn reserve(&mut self, total: usize) -> bool {
-        if total > self.limit {
-            return false;
-        }
-        while self.chunks.len() < total {
-            let numbers = self.heads * (CHUNK * (self.k_dim + self.v_dim) + self.samples);
-            self.free.push(self.chunks.len() as u32);
+    /// Make chunks up to number `last`.
+    pub fn make(&mut self, last: u32) {
+        let numbers = self.heads * (CHUNK * (self.k_dim + self.v_dim) + self.samples);
+        while self.chunks.len() <= last as usize {
             self.chunks.push(vec![E::default(); numbers].into());
         }
-        true
-    }
-
-    /// A free chunk; `None` at the limit.
-    pub fn take(&mut self) -> Option<u32> {
-        if self.free.is_empty() && !self.reserve(self.chunks.len() + 1) {
-            return None;
-        }
-        self.free.pop()
-    }
-
-    /// Give a chunk back.
-    pub fn give(&mut self, chunk: u32) {
-        self.free.push(chunk);
-    }
-
-    /// All chunks are free.
-    pub fn reset(&mut self) {
-        self.free.clear();
-        self.free.extend(0..self.chunks.len() as u32);
     }
 
     /// Keys `(32, k_dim)` and values `(32, v_dim)` of one head.

@@ -15,8 +15,7 @@ mod softmax;
 
 use rayon::prelude::*;
 
-use crate::cache::{Element, LayerCache, Row, Tile, Tokens, KEY_STRIDE, TILE};
-use crate::error::Result;
+use crate::cache::{Element, LayerCache, RowPlan, Tile, Tokens, KEY_STRIDE, TILE};
 use gemm::{multiply, Matrix, MatrixMut, Write};
 use softmax::Softmax;
 
@@ -26,9 +25,9 @@ pub const QUERIES: usize = 256;
 
 /// One row's new tokens, which are not stored yet.
 #[derive(Clone, Copy, Debug)]
-pub struct NewTokens<'a, E> {
+pub struct Prompt<'a, E> {
     /// The row.
-    pub row: Row<'a>,
+    pub row: &'a RowPlan,
     /// Queries, `(num_heads, new, k_dim)`.
     pub q: Tokens<'a, E>,
     /// Keys, `(num_kv_heads, new, k_dim)`.
@@ -50,17 +49,13 @@ pub struct Scores {
 
 /// Attention of the rows' new tokens over past and new tokens; `out (rows, num_heads, tokens,
 /// v_dim)` holds zeros, which is what padding beyond a row's `new` keeps.
-///
-/// # Errors
-/// If some of the past is not there.
 pub fn attend<E: Element>(
     layer: &LayerCache<E>,
-    rows: &[NewTokens<'_, E>],
+    rows: &[Prompt<'_, E>],
     scores: Scores,
     tokens: usize,
     out: &mut [E],
-) -> Result<()> {
-    rows.iter().try_for_each(|new| layer.check_past(&new.row))?;
+) {
     let layout = &layer.spec().layout;
     let ratio = scores.num_heads / layout.num_kv_heads;
     let step = (QUERIES / ratio).clamp(1, TILE);
@@ -86,13 +81,12 @@ pub fn attend<E: Element>(
     }
     // Late tiles see more keys than early ones: every tile may be taken by another thread.
     tasks.into_par_iter().with_max_len(1).for_each(Task::run);
-    Ok(())
 }
 
 /// Some new tokens in the query heads of one kv head.
 struct Task<'a, E> {
     layer: &'a LayerCache<E>,
-    new: &'a NewTokens<'a, E>,
+    new: &'a Prompt<'a, E>,
     scores: Scores,
     head: usize,
     /// The first one among the row's new tokens, and how many they are.
@@ -126,11 +120,11 @@ impl<E: Element> Task<'_, E> {
                 layout.v_dim,
             ),
         };
-        let Row { past, .. } = self.new.row;
+        let (past, stored) = (self.new.row.past, self.new.row.before());
         for start in (0..past).step_by(TILE) {
             let end = past.min(start + TILE);
-            let (row, tile) = (&self.new.row, &mut scratch.tile);
-            self.layer.read(row, self.head, start..end, tile);
+            let tile = &mut scratch.tile;
+            self.layer.read(&stored, self.head, start..end, tile);
             self.take(end - start, |_| end - start, &mut scratch);
         }
         let (first, len) = self.tokens;

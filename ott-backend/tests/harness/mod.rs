@@ -279,20 +279,21 @@ impl Host {
             let (q, k, v) = (stack(0)?, stack(1)?, stack(2)?);
             out.push(if prompt {
                 let attended = step.prefill(layer, &q, &k, &v, self.model.attn)?;
-                step.append(layer, &k, &v)?;
+                step.append(layer, &q, &k, &v)?;
                 attended
             } else {
                 Some(step.decode(layer, &q, &k, &v, self.model.attn)?)
             });
         }
+        let faults = self.cache.end_step()?;
+        assert!(faults.is_empty(), "{faults:?}");
         rows.iter_mut().for_each(|(s, new)| s.past += *new);
         Ok(out)
     }
 
     /// Stored keys and values of a sequence in one layer, `[head][token]`.
     pub fn past(&self, s: &Sequence, layer: usize) -> Result<Vec<Vec<Token>>> {
-        // A row must bring a token, so the sequence needs room for it; it is never appended.
-        let step = self.begin(true, &[(s, 1)])?;
+        let step = self.begin(true, &[(s, 0)])?;
         let (k, v) = step.past(layer, 0, DType::F32)?;
         let (k, v) = (rows(&k)?, rows(&v)?);
         let head = |(k, v): (Vec<Vec<f32>>, Vec<Vec<f32>>)| {

@@ -22,9 +22,15 @@ pub enum Op {
         tokens: usize,
         rejected: usize,
     },
-    /// A step of which the numbers of one layer are not finite.
+    /// A step that breaks off after one layer.
     Fail {
         layer: usize,
+        prompt: bool,
+    },
+    /// A step in which one row's keys of one layer are not finite.
+    Bad {
+        layer: usize,
+        who: usize,
         prompt: bool,
     },
     /// A sequence's blocks are taken away.
@@ -50,7 +56,8 @@ pub fn op() -> impl Strategy<Value = Op> {
         5 => start.prop_map(|(text, tokens, pick)| Op::Start { text, tokens, pick }),
         6 => prompt.prop_map(|tokens| Op::Prompt { tokens }),
         9 => decode.prop_map(|(tokens, rejected)| Op::Decode { tokens, rejected }),
-        1 => (0..LAYERS - 1, any::<bool>()).prop_map(|(layer, prompt)| Op::Fail { layer, prompt }),
+        1 => (0..LAYERS, any::<bool>()).prop_map(|(layer, prompt)| Op::Fail { layer, prompt }),
+        1 => (0..LAYERS, 0usize..8, any::<bool>()).prop_map(|(layer, who, prompt)| Op::Bad { layer, who, prompt }),
         2 => (0usize..8).prop_map(|who| Op::Preempt { who }),
         3 => (0usize..4).prop_map(|pick| Op::Resume { pick }),
         3 => (0usize..8).prop_map(|who| Op::End { who }),

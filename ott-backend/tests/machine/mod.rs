@@ -4,10 +4,9 @@ mod history;
 mod look;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use candle_core::Tensor;
-use mistralrs_kv_backend::KvBackendProvider;
 use ott_backend::backend::Inspect;
 
 pub use history::{op, Op};
@@ -17,7 +16,7 @@ use crate::pool::{Pool, Prefix};
 use crate::reference::{Rules, Token};
 
 const LAYERS: usize = 3;
-const NUM_BLOCKS: usize = 16;
+pub const NUM_BLOCKS: usize = 16;
 /// Sequences for which the window was sized; some histories run more, and must get an error.
 pub const MAX_SEQS: usize = 3;
 
@@ -26,7 +25,10 @@ pub const MAX_SEQS: usize = 3;
 struct Block {
     /// The tokens up to its last one.
     prefix: Prefix,
-    sealed: bool,
+    /// Its group is quantised.
+    page: bool,
+    /// It is in the window of some sequence, in full precision.
+    open: bool,
 }
 
 /// A running sequence.
@@ -34,11 +36,17 @@ struct Live {
     stored: Sequence,
     /// Tokens of its prompt; it is done when so many are stored.
     prompt: usize,
+    /// Blocks of its window; `None` before its first step.
+    window: Option<Vec<usize>>,
 }
 
 impl Live {
     fn is_prompt(&self) -> bool {
         self.stored.past < self.prompt
+    }
+
+    fn holds(&self, block: usize) -> bool {
+        self.window.iter().flatten().any(|b| *b == block)
     }
 }
 
@@ -48,16 +56,38 @@ struct Page {
     traced: usize,
 }
 
+/// Groups that a row reads as pages before its new tokens are stored, and after.
+#[derive(Clone, Copy, Debug)]
+struct Pages {
+    before: usize,
+    after: usize,
+}
+
 /// How often what happened.
 pub type Seen = BTreeMap<&'static str, usize>;
+
+/// What is judged: a cache behind the seam, a look into it, and the bytes that were answered before it was made.
+pub struct Subject {
+    pub host: Host,
+    pub inspect: Arc<dyn Inspect>,
+    pub answered: usize,
+}
+
+/// The model that every subject serves.
+pub fn model(options: &str) -> Model {
+    let mut model = Model::new(options).heads(2, 1).dims(32, 32);
+    (model.layers, model.max_seqs) = (LAYERS, MAX_SEQS);
+    model
+}
 
 pub struct Machine {
     pub seen: Seen,
     rules: Rules,
     host: Host,
     inspect: Arc<dyn Inspect>,
-    /// Bytes that were answered before anything was allocated.
     answered: usize,
+    /// Largest error of attention allowed.
+    budget: f64,
     pool: Pool,
     blocks: BTreeMap<usize, Block>,
     live: Vec<Live>,
@@ -71,17 +101,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn new(options: &str, rules: Rules, seed: u64) -> Self {
-        let mut model = Model::new(options).heads(2, 1).dims(32, 32);
-        (model.layers, model.max_seqs) = (LAYERS, MAX_SEQS);
-        let memory = ott_backend::provider().memory(&model.shape()).unwrap();
-        let (host, inspect) = open(&model);
+    pub fn new(subject: Subject, rules: Rules, seed: u64, budget: f64) -> Self {
         Self {
             seen: Seen::new(),
             rules,
-            host,
-            inspect,
-            answered: memory.per_block * NUM_BLOCKS + memory.fixed,
+            host: subject.host,
+            inspect: subject.inspect,
+            answered: subject.answered,
+            budget,
             pool: Pool::new(NUM_BLOCKS, rules.group),
             blocks: BTreeMap::new(),
             live: vec![],
@@ -102,6 +129,7 @@ impl Machine {
             Op::Prompt { tokens } => self.step(true, tokens, 0),
             Op::Decode { tokens, rejected } => self.step(false, tokens, rejected),
             Op::Fail { layer, prompt } => self.fail(prompt, layer),
+            Op::Bad { layer, who, prompt } => self.bad(prompt, who, layer),
             Op::Preempt { who: i } => {
                 if let Some(i) = who(i, &self.live) {
                     self.preempt(i);
@@ -138,7 +166,7 @@ impl Machine {
             self.waiting.push((text, tokens));
             return;
         };
-        let open = hit.iter().any(|block| !self.blocks[block].sealed);
+        let open = hit.iter().any(|block| !self.blocks[block].page);
         let left = tokens - hit.len() * self.rules.group;
         self.saw("a hit", !hit.is_empty());
         self.saw("a hit on open blocks", open);
@@ -154,6 +182,7 @@ impl Machine {
         self.live.push(Live {
             stored,
             prompt: tokens,
+            window: None,
         });
     }
 
@@ -185,16 +214,16 @@ impl Machine {
             return;
         }
         let before = after.clone();
-        let past = self.past_of(&before);
         let mut rows: Vec<_> = after.iter_mut().map(|(_, s, new)| (s, *new)).collect();
         match self.host.step_all(&mut rows, prompt) {
             Ok(out) => {
                 let rejected = rejected.min(tokens - 1).min(self.rules.residual);
+                let pages = self.begun(&before);
                 after
                     .iter()
-                    .for_each(|(_, s, new)| self.written(s.past - new, s));
-                let past = if prompt { past } else { self.past_of(&after) };
-                self.check_attention(&before, &past, &out);
+                    .zip(&pages)
+                    .for_each(|((i, s, new), pages)| self.written(*i, s, s.past - new, *pages));
+                self.check_attention(&before, &pages, prompt, &out, None);
                 for (i, s, _) in after {
                     self.accepted(i, s, if prompt { 0 } else { rejected });
                 }
@@ -228,23 +257,73 @@ impl Machine {
         }
     }
 
-    /// New tokens are in the blocks from `past` on, and groups with R newer ones are sealed. (But for
-    /// those before a sealed block: that is another sequence's, and so they are in its window.)
-    fn written(&mut self, past: usize, s: &Sequence) {
+    /// A step has begun: stored groups that leave a row's window are pages, and so is all that lies before a block that
+    /// is only a page, a prefix hit's. Each row holds the blocks of its window after the step; what nobody holds is in full
+    /// precision no more.
+    fn begun(&mut self, rows: &[(usize, Sequence, usize)]) -> Vec<Pages> {
         let (group, residual) = (self.rules.group, self.rules.residual);
-        let is_open = |block: &&usize| self.blocks.get(*block).is_none_or(|held| !held.sealed);
-        let own = s.blocks[..past / group].iter().rev();
-        let first = past / group - own.take_while(is_open).count();
-        for i in first..s.past.div_ceil(group) {
+        let plan = |(_, s, new): &(usize, Sequence, usize)| {
+            let full = s.past / group;
+            let leave = (s.past + new).saturating_sub(residual) / group;
+            let hit = (0..full).rev().find(|i| !self.blocks[&s.blocks[*i]].open);
+            let before = leave.min(full).max(hit.map_or(0, |i| i + 1));
+            let after = before.max(leave);
+            Pages { before, after }
+        };
+        let pages: Vec<Pages> = rows.iter().map(plan).collect();
+        let mut old = vec![];
+        for ((i, s, new), pages) in rows.iter().zip(&pages) {
+            for block in &s.blocks[..pages.before] {
+                let held = self.blocks.get_mut(block).unwrap();
+                held.page = true;
+            }
+            let window =
+                s.blocks[pages.after..(s.past + new).div_ceil(group).max(pages.after)].to_vec();
+            old.extend(self.live[*i].window.replace(window).into_iter().flatten());
+            // Tokens that were taken back are gone.
+            for (i, block) in s.blocks.iter().enumerate().skip(s.past / group) {
+                match s.past.saturating_sub(i * group) {
+                    0 => drop(self.blocks.remove(block)),
+                    _ => self.blocks.get_mut(block).unwrap().prefix = Prefix::new(&s.text, s.past),
+                }
+            }
+        }
+        for block in old {
+            self.let_go(block);
+        }
+        pages
+    }
+
+    /// A block that is in nobody's window is a page, or nothing.
+    fn let_go(&mut self, block: usize) {
+        if self.live.iter().any(|live| live.holds(block)) {
+            return;
+        }
+        if let Some(held) = self.blocks.get_mut(&block) {
+            held.open = false;
+            if !held.page {
+                self.blocks.remove(&block);
+            }
+        }
+    }
+
+    /// New tokens are in the blocks from `past` on.
+    fn written(&mut self, i: usize, s: &Sequence, past: usize, pages: Pages) {
+        let group = self.rules.group;
+        for (place, &block) in s
+            .blocks
+            .iter()
+            .enumerate()
+            .take(s.past.div_ceil(group))
+            .skip(past / group)
+        {
             let now = Block {
-                prefix: Prefix::new(&s.text, ((i + 1) * group).min(s.past)),
-                sealed: (i + 1) * group + residual <= s.past,
+                prefix: Prefix::new(&s.text, ((place + 1) * group).min(s.past)),
+                page: place < pages.after,
+                open: self.live[i].holds(block),
             };
-            let old = self.blocks.insert(s.blocks[i], now);
-            assert!(
-                old.is_none_or(|old| !old.sealed),
-                "a page was written again"
-            );
+            let old = self.blocks.insert(block, now);
+            assert!(old.is_none_or(|old| !old.page), "a page was written again");
         }
     }
 
@@ -258,7 +337,7 @@ impl Machine {
             let keep = s.past.div_ceil(self.rules.group).max(1);
             let surplus = s.blocks.split_off(keep);
             self.saw("taken back over a block", !surplus.is_empty());
-            self.released(s.id, s.blocks.last(), &surplus);
+            self.released(s.id, &surplus);
         }
         self.pool.computed(&s.text, &s.blocks, s.past);
         let live = &mut self.live[i];
@@ -268,42 +347,108 @@ impl Machine {
         live.stored = s;
     }
 
-    /// A step breaks in one layer: the host ends its sequences, and the others go on.
-    fn fail(&mut self, prompt: bool, bad: usize) {
+    /// A step breaks off after a layer: it never was, the host ends its sequences, and the others go on.
+    fn fail(&mut self, prompt: bool, last: usize) {
         if !prompt {
             self.grow(3);
         }
-        let mut rows = self.rows(prompt, 3);
-        // What is written again in some layers only is read by nobody, and no model tells its pages.
-        rows.retain(|(_, s, _)| {
-            let last = s.blocks.get(s.past / self.rules.group);
-            let held = last.and_then(|block| self.blocks.get(block));
-            held.is_none_or(|held| held.prefix.end == s.past)
-        });
+        let rows = self.rows(prompt, 3);
         if rows.is_empty() {
             return;
         }
         let view: Vec<_> = rows.iter().map(|(_, s, new)| (s, *new)).collect();
         if let Ok(step) = self.host.begin(prompt, &view) {
-            for layer in 0..=bad {
-                let paint = |i: usize| {
-                    let part = |(s, _): &(&Sequence, usize)| {
-                        let [_, k, v] = self.host.model.qkv(&s.text, layer, s.past, s.past + 3);
-                        [k, v][i].clone()
-                    };
-                    Tensor::cat(&view.iter().map(part).collect::<Vec<_>>(), 0).unwrap()
-                };
-                let (k, v) = (paint(0), paint(1));
-                let k = if layer == bad {
-                    (k * f64::NAN).unwrap()
-                } else {
-                    k
-                };
-                assert_eq!(step.append(layer, &k, &v).is_err(), layer == bad);
+            for layer in 0..=last {
+                let [q, k, v] = self.painted(&view, layer, 3);
+                match prompt {
+                    true => step.append(layer, &q, &k, &v).unwrap(),
+                    false => drop(
+                        step.decode(layer, &q, &k, &v, self.host.model.attn)
+                            .unwrap(),
+                    ),
+                }
             }
+            self.begun(&rows);
         }
         self.saw("a step failed", true);
         rows.iter().rev().for_each(|(i, ..)| self.end(*i));
+    }
+
+    /// Queries, keys and values of `new` tokens of all rows.
+    fn painted(&self, rows: &[(&Sequence, usize)], layer: usize, new: usize) -> [Tensor; 3] {
+        let of =
+            |(s, _): &(&Sequence, usize)| self.host.model.qkv(&s.text, layer, s.past, s.past + new);
+        let all: Vec<[Tensor; 3]> = rows.iter().map(of).collect();
+        [0, 1, 2].map(|i| Tensor::cat(&all.iter().map(|x| &x[i]).collect::<Vec<_>>(), 0).unwrap())
+    }
+
+    /// One row's keys are not finite in one layer: its sequence ends with an error, and the step stands for the others.
+    fn bad(&mut self, prompt: bool, who: usize, bad: usize) {
+        if !prompt {
+            self.grow(1);
+        }
+        let rows = self.rows(prompt, if prompt { 40 } else { 1 });
+        let longest = rows.iter().map(|row| row.2).max().unwrap_or(0);
+        if rows.is_empty() {
+            return;
+        }
+        let who = who % rows.len();
+        let view: Vec<_> = rows.iter().map(|(_, s, new)| (s, *new)).collect();
+        let Ok(step) = self.host.begin(prompt, &view) else {
+            return;
+        };
+        let mut out = vec![];
+        for layer in 0..LAYERS {
+            let [q, k, v] = self.painted(&view, layer, longest);
+            let k = match layer == bad {
+                true => {
+                    let parts = (0..rows.len()).map(|i| {
+                        let row = k.narrow(0, i, 1).unwrap();
+                        if i == who {
+                            (row * f64::NAN).unwrap()
+                        } else {
+                            row
+                        }
+                    });
+                    Tensor::cat(&parts.collect::<Vec<_>>(), 0).unwrap()
+                }
+                false => k,
+            };
+            let attn = self.host.model.attn;
+            out.push(match prompt {
+                true => {
+                    let attended = step.prefill(layer, &q, &k, &v, attn).unwrap();
+                    step.append(layer, &q, &k, &v).unwrap();
+                    attended
+                }
+                false => Some(step.decode(layer, &q, &k, &v, attn).unwrap()),
+            });
+        }
+        let faults = self.host.cache.end_step().unwrap();
+        let told: Vec<usize> = faults.iter().map(|fault| fault.seq).collect();
+        assert_eq!(told, [rows[who].1.id], "{faults:?}");
+        assert!(
+            faults[0].error.contains(&format!("layer {bad}")),
+            "{faults:?}"
+        );
+        let pages = self.begun(&rows);
+        let mut after = rows.clone();
+        for (i, ((at, s, new), pages)) in after.iter_mut().zip(&pages).enumerate() {
+            let past = s.past;
+            s.past += *new;
+            if i != who {
+                let s = s.clone();
+                self.written(*at, &s, past, *pages);
+            }
+        }
+        self.check_attention(&rows, &pages, prompt, &out, Some(who));
+        for (i, (at, s, _)) in after.into_iter().enumerate() {
+            if i != who {
+                self.accepted(at, s, 0);
+            }
+        }
+        self.saw("a row was bad", rows.len() > 1);
+        self.end(rows[who].0);
     }
 
     fn preempt(&mut self, i: usize) {
@@ -316,34 +461,40 @@ impl Machine {
 
     fn end(&mut self, i: usize) {
         let s = self.live.remove(i).stored;
-        self.released(s.id, None, &s.blocks);
+        self.released(s.id, &s.blocks);
     }
 
-    /// Full blocks behind sealed ones are sealed, others forgotten.
-    fn released(&mut self, seq: usize, before: Option<&usize>, table: &[usize]) {
-        self.host.cache.released(seq, table);
-        let open_and_shared =
-            |b: &usize| !self.blocks.get(b).is_none_or(|b| b.sealed) && self.pool.is_shared(*b);
-        let shared = table.iter().any(open_and_shared);
-        self.saw("sealed while shared", shared);
-        let mut sealed = before.is_none_or(|b| self.blocks[b].sealed);
-        for block in table {
-            let held = self.blocks.get_mut(block);
-            let full = held
-                .filter(|b| b.sealed || sealed && b.prefix.end.is_multiple_of(self.rules.group));
-            sealed = full.is_some();
-            match full {
-                Some(held) => held.sealed = true,
-                None => drop(self.blocks.remove(block)),
-            }
+    /// What is in nobody's window any more is a page if it is full, and gone if it is not.
+    fn released(&mut self, seq: usize, given: &[usize]) {
+        let lost = self.host.cache.released(seq, given);
+        assert!(
+            lost.is_empty(),
+            "blocks that could be hit are gone: {lost:?}"
+        );
+        let live = self.live.iter_mut().find(|live| live.stored.id == seq);
+        let mut path = vec![];
+        if let Some(window) = live.and_then(|live| live.window.as_mut()) {
+            window.retain(|block| !given.contains(block));
+            path.clone_from(window);
         }
-        self.pool.free(table);
-    }
-
-    /// What is stored of each row, by layer.
-    fn past_of(&mut self, rows: &[(usize, Sequence, usize)]) -> Vec<Vec<Vec<Token>>> {
-        let mut layers = |s: &Sequence| (0..LAYERS).map(|l| self.expected(s, l)).collect();
-        rows.iter().map(|(_, s, _)| layers(s)).collect()
+        path.extend(given);
+        let (group, live) = (self.rules.group, &self.live);
+        let held = |block: &usize| live.iter().any(|live| live.holds(*block));
+        let full = |block: &usize| {
+            self.blocks
+                .get(block)
+                .is_some_and(|b| b.page || b.prefix.end.is_multiple_of(group))
+        };
+        let shared = given.iter().any(|block| held(block) && full(block));
+        let last = path
+            .iter()
+            .rposition(|block| full(block) && !held(block) && !self.blocks[block].page);
+        for block in &path[..last.map_or(0, |i| i + 1)] {
+            self.blocks.get_mut(block).unwrap().page = true;
+        }
+        self.saw("stays in another's window", shared);
+        given.iter().for_each(|block| self.let_go(*block));
+        self.pool.free(given);
     }
 
     /// All sequences end, and then all blocks are handed out: nothing is left.
@@ -353,18 +504,9 @@ impl Machine {
         }
         self.check();
         assert!(self.pool.is_at_rest());
-        assert!(self.blocks.values().all(|held| held.sealed));
+        assert!(self.blocks.values().all(|held| held.page && !held.open));
         let all: Vec<usize> = (1..NUM_BLOCKS).collect();
         self.handed_out(0, &all);
         self.check();
     }
-}
-
-/// A cache, and a look into it.
-fn open(model: &Model) -> (Host, Arc<dyn Inspect>) {
-    static OPENING: Mutex<()> = Mutex::new(());
-    let _one_by_one = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
-    let host = model.host(NUM_BLOCKS);
-    let inspect = ott_backend::provider().caches().pop();
-    (host, inspect.unwrap())
 }

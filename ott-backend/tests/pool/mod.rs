@@ -96,11 +96,6 @@ impl Pool {
         }
     }
 
-    /// Whether several sequences read a block.
-    pub fn is_shared(&self, block: usize) -> bool {
-        self.refs[block] > 1
-    }
-
     /// Whether nobody uses any block.
     pub fn is_at_rest(&self) -> bool {
         self.free.len() + 1 == self.refs.len()

@@ -175,6 +175,17 @@ impl Head {
         }
     }
 
+    /// A step begins after which there are `tokens` tokens: stored groups that then have R newer tokens are sealed before
+    /// the new ones attend.
+    pub fn begin(&mut self, tokens: usize) {
+        let Rules {
+            group, residual, ..
+        } = self.rules;
+        while self.window.len() >= group && (self.sealed.len() + 1) * group + residual <= tokens {
+            self.seal();
+        }
+    }
+
     fn seal(&mut self) {
         let start = self.sealed.len() * self.rules.group;
         let mut group: Vec<Token> = self.window.drain(..self.rules.group).collect();
@@ -280,12 +291,26 @@ pub fn rotate(v: &[f32]) -> Vec<f32> {
     x.iter().map(|x| x * factor).collect()
 }
 
+/// By what rotated values are divided when they are kept: the least power of two that is no smaller than the root of
+/// the matrix's width, so that no channel grows.
+fn headroom(channels: usize) -> f32 {
+    let width = (1usize << channels.trailing_zeros()).min(128);
+    let mut divisor = 1usize;
+    while divisor * divisor < width {
+        divisor *= 2;
+    }
+    divisor as f32
+}
+
 /// Keys by channel over the group's tokens, values by token over groups of channels.
 pub fn quantize(group: &[Token], traced: &[usize], rules: Rules) -> Sealed {
     let turned = |t: &Token| Token {
         k: t.k.clone(),
         v: if rules.rotate {
             rotate(&t.v)
+                .iter()
+                .map(|x| x / headroom(t.v.len()))
+                .collect()
         } else {
             t.v.clone()
         },
@@ -336,7 +361,10 @@ pub fn quantize(group: &[Token], traced: &[usize], rules: Rules) -> Sealed {
 
 /// The tokens that a sealed group stands for.
 pub fn dequantize(sealed: &Sealed) -> Vec<Token> {
-    let turned = |v: Vec<f32>| if sealed.rotated { rotate(&v) } else { v };
+    let turned = |v: Vec<f32>| match sealed.rotated {
+        true => rotate(&v).iter().map(|x| x * headroom(v.len())).collect(),
+        false => v,
+    };
     let token = |t: usize| Token {
         k: (sealed.k_codes[t].iter().zip(&sealed.k_ranges))
             .map(|(code, range)| range.value(*code))

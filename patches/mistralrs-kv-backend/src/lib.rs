@@ -11,6 +11,7 @@
 //! | after the weights are read | [`KvBackendProvider::create`] | the cache of this model |
 //! | once per forward pass | [`KvCacheBackend::begin_step`] | tables uploaded, work planned |
 //! | in each layer | [`KvStep::prefill`], [`KvStep::append`], [`KvStep::decode`] | attention |
+//! | after the last layer | [`KvCacheBackend::end_step`] | what the step wrote counts |
 //! | at any time | [`KvCacheBackend::stats`] | what is held |
 //!
 //! Nothing here knows a method of compression: [`toy`] is a full-precision backend in a page of
@@ -123,6 +124,15 @@ pub struct KvPlan {
     pub rows: Vec<KvRow>,
 }
 
+/// A sequence whose new tokens could not be kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvFault {
+    /// The host's sequence id.
+    pub seq: usize,
+    /// Why, in a sentence for its user.
+    pub error: String,
+}
+
 /// Parameters of one attention call.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct KvAttn {
@@ -140,11 +150,19 @@ pub trait KvCacheBackend: Send + Sync {
     /// Once per forward pass, before the first layer: check the plan, reserve what it needs.
     fn begin_step(&self, plan: KvPlan) -> Result<Arc<dyn KvStep>>;
 
+    /// The step that was begun last has passed all layers: what it wrote counts from now on. The host ends the
+    /// sequences that are answered here, with their errors; for the others the step stands. A step for which
+    /// this is not called has failed: what it wrote must not count. May wait for the device.
+    fn end_step(&self) -> Result<Vec<KvFault>> {
+        Ok(Vec::new())
+    }
+
     /// `blocks` were handed to sequence `seq`; whatever they held is dead.
     fn allocated(&self, seq: usize, blocks: &[usize]);
 
-    /// Sequence `seq` gave up `blocks` (in table order). Full ones may be hit again: keep them.
-    fn released(&self, seq: usize, blocks: &[usize]);
+    /// Sequence `seq` gave up `blocks` (in table order). Full ones may be hit again: keep them. Answers blocks,
+    /// these or others, whose tokens are gone: the host forgets their hashes, so that nobody hits them.
+    fn released(&self, seq: usize, blocks: &[usize]) -> Vec<usize>;
 
     /// A new scheduler owns the pool: every block is free and nothing stored can be hit.
     fn reset(&self);
@@ -185,8 +203,8 @@ pub trait KvStep: Send + Sync + fmt::Debug {
     /// Past keys and values of one row, `(1, num_kv_heads, past, channels)` each, in `dtype`.
     fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)>;
 
-    /// Store the new tokens of all rows. Writing a token again replaces it.
-    fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()>;
+    /// Store the new tokens of all rows, after their attention. Writing a token again replaces it.
+    fn append(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()>;
 
     /// Store the new tokens of all rows and attend over past and new, causal:
     /// `(rows, num_heads, tokens, v_dim)` in q's dtype.

@@ -232,13 +232,14 @@ impl KvCacheBackend for ToyCache {
         }
     }
 
-    fn released(&self, seq: usize, blocks: &[usize]) {
+    fn released(&self, seq: usize, blocks: &[usize]) -> Vec<usize> {
         let state = &mut *self.0.write();
         for &block in blocks {
             if let Some(owner) = state.owners.get_mut(block).filter(|o| **o == Some(seq)) {
                 *owner = None;
             }
         }
+        Vec::new()
     }
 
     fn reset(&self) {
@@ -321,7 +322,7 @@ impl KvStep for ToyStep {
         Ok((gather(0..k, shape.k_dim)?, gather(k..all, shape.v_dim)?))
     }
 
-    fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+    fn append(&self, layer: usize, _q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let shape = self.pool.layer(layer)?;
         let tokens = k.dim(2)?;
         let (k_len, v_len) = (
@@ -358,7 +359,7 @@ impl KvStep for ToyStep {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Tensor> {
-        self.append(layer, k, v)?;
+        self.append(layer, q, k, v)?;
         let shape = self.pool.layer(layer)?;
         let (heads, k_dim, v_dim) = (shape.num_heads, shape.k_dim, shape.v_dim);
         let (gqa, v_start) = (heads / shape.num_kv_heads, shape.num_kv_heads * k_dim);

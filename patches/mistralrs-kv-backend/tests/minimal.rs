@@ -34,7 +34,7 @@ impl KvStep for Step {
         Ok((k.to_dtype(dtype)?, v.to_dtype(dtype)?))
     }
 
-    fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+    fn append(&self, layer: usize, _q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         let size = self.0.shape.block_size;
         let mut pages = self.0.pages.lock().unwrap_or_else(PoisonError::into_inner);
         for (i, row) in self.1.rows.iter().enumerate() {
@@ -72,7 +72,7 @@ impl KvStep for Step {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Tensor> {
-        self.append(layer, k, v)?;
+        self.append(layer, q, k, v)?;
         let attend = |(i, row): (usize, &KvRow)| {
             if row.new != 1 {
                 bail!(
@@ -148,7 +148,9 @@ impl KvCacheBackend for Minimal {
         self.forget(|block| blocks.contains(&block));
     }
 
-    fn released(&self, _seq: usize, _blocks: &[usize]) {} // They may be hit again.
+    fn released(&self, _seq: usize, _blocks: &[usize]) -> Vec<usize> {
+        Vec::new() // They may be hit again.
+    }
 
     fn reset(&self) {
         self.forget(|_| true);
@@ -265,7 +267,7 @@ fn it_agrees_with_the_toy() -> anyhow::Result<()> {
         cache.allocated(2, &[1, 4]);
         let step = cache.begin_step(plan(true, [0, 0], 6))?;
         assert_eq!(step.past(0, 1, DType::F16)?.0.dims(), [1, 2, 0, 8]);
-        step.append(0, &k, &v)?;
+        step.append(0, &k, &k, &v)?;
         let out = cache
             .begin_step(plan(false, [6, 6], 1))?
             .decode(0, &q, &k1, &v1, attn)?;

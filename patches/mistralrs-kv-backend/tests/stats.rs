@@ -56,9 +56,9 @@ fn a_sequence_is_counted_and_told() -> anyhow::Result<()> {
     let step = meter.step(true, || meter.backend().begin_step(plan.clone()))?;
     let x = Tensor::zeros((1, 1, 6, 8), DType::F32, &Device::Cpu)?;
     for layer in 0..2 {
-        meter.step(false, || step.append(layer, &x, &x))?;
+        meter.step(false, || step.append(layer, &x, &x, &x))?;
     }
-    let failed: Result<()> = meter.step(false, || step.append(2, &x, &x));
+    let failed: Result<()> = meter.step(false, || step.append(2, &x, &x, &x));
     assert!(failed.is_err(), "there is no layer 2");
     let panicked: Result<()> = meter.step(false, || panic!("{} is odd", 3));
     let panicked = panicked.map_err(|error| error.to_string());

@@ -118,7 +118,8 @@ fn decoded(dtype: DType, past: usize, new: usize, attn: KvAttn, sparse: bool) ->
         };
         if past > 0 {
             let step = cache.begin_step(plan(&[row(9, 0, past, &blocks)]))?;
-            step.append(layer, &k.narrow(2, 0, past)?, &v.narrow(2, 0, past)?)?;
+            let new = |x: &Tensor| x.narrow(2, 0, past);
+            step.append(layer, &new(&k)?, &new(&k)?, &new(&v)?)?;
         }
         let step = cache.begin_step(plan(&[row(9, past, new, &blocks)]))?;
         let out = step.decode(layer, &tail(&q)?, &tail(&k)?, &tail(&v)?, attn)?;
@@ -187,14 +188,15 @@ fn rows_do_not_mix() -> Result<()> {
     };
     (0..3).for_each(|i| batch.allocated(i, blocks[i]));
     let step = batch.begin_step(plan(&rows(false)))?;
-    step.append(0, &together(&prompts, 1)?, &together(&prompts, 2)?)?;
+    let (k, v) = (together(&prompts, 1)?, together(&prompts, 2)?);
+    step.append(0, &k, &k, &v)?;
     let step = batch.begin_step(plan(&rows(true)))?;
     let [q, k, v] = [0, 1, 2].map(|i| together(&tokens, i).unwrap());
     let out = step.decode(0, &q, &k, &v, ATTN)?;
     for i in 0..3 {
         alone.allocated(i, blocks[i]);
         let step = alone.begin_step(plan(&rows(false)[i..=i]))?;
-        step.append(0, &prompts[i][1], &prompts[i][2])?;
+        step.append(0, &prompts[i][0], &prompts[i][1], &prompts[i][2])?;
         let step = alone.begin_step(plan(&rows(true)[i..=i]))?;
         let one = step.decode(0, &tokens[i][0], &tokens[i][1], &tokens[i][2], ATTN)?;
         assert_eq!(numbers(&one), numbers(&out.narrow(0, i, 1)?));
@@ -209,7 +211,7 @@ fn a_prefix_hit_reads_the_blocks_of_another_sequence() -> Result<()> {
     cache.allocated(1, &[7, 8]);
     cache
         .begin_step(plan(&[row(1, 0, 8, &[7, 8])]))?
-        .append(0, &k, &v)?;
+        .append(0, &k, &k, &v)?;
     cache.released(1, &[7, 8]);
     cache.allocated(2, &[9]);
     let step = cache.begin_step(plan(&[row(2, 8, 2, &[7, 8, 9])]))?;
@@ -251,13 +253,13 @@ fn misuse_is_an_error() {
     all.push(begin(&[row(1, 0, 2, &[5])]));
 
     let step = fresh.begin_step(plan(&[row(1, 0, 2, &[5])])).unwrap();
-    all.push(told(step.append(0, &k(1, 1), &v(1, 1))));
-    all.push(told(step.append(2, &k(1, 2), &v(1, 2))));
-    step.append(0, &k(1, 2), &v(1, 2)).unwrap();
+    all.push(told(step.append(0, &k(1, 1), &k(1, 1), &v(1, 1))));
+    all.push(told(step.append(2, &k(1, 2), &k(1, 2), &v(1, 2))));
+    step.append(0, &k(1, 2), &k(1, 2), &v(1, 2)).unwrap();
     let step = fresh.begin_step(plan(&[row(1, 3, 1, &[5])])).unwrap();
     all.push(told(step.past(0, 0, DType::F32)));
     fresh.released(1, &[5]);
-    all.push(told(step.append(0, &k(1, 1), &v(1, 1))));
+    all.push(told(step.append(0, &k(1, 1), &k(1, 1), &v(1, 1))));
     fresh.allocated(1, &[5]);
     let step = fresh.begin_step(plan(&[row(1, 1, 1, &[5])])).unwrap();
     all.push(told(step.past(0, 0, DType::F32)));
@@ -272,7 +274,7 @@ fn memory_is_what_is_held() -> anyhow::Result<()> {
     cache.allocated(1, &[1, 2]);
     let [_, k, v] = qkv(1, 8, DType::F32);
     let step = cache.begin_step(plan(&[row(1, 0, 8, &[1, 2])]))?;
-    (0..2).try_for_each(|layer| step.append(layer, &k, &v))?;
+    (0..2).try_for_each(|layer| step.append(layer, &k, &k, &v))?;
     let unused = BLOCK * 2 * 4 * 2 * (10 + 7);
     assert_eq!(
         cache.allocated_bytes(),
@@ -315,7 +317,7 @@ fn faults_come_as_asked() -> anyhow::Result<()> {
         let [q, k, v] = qkv(1, 1, DType::F32);
         let step = |_| match cache.begin_step(plan(&[row(1, 0, 1, &[1])])) {
             Err(_) => 'b',
-            Ok(step) if step.append(0, &k, &v).is_err() => '0',
+            Ok(step) if step.append(0, &k, &k, &v).is_err() => '0',
             Ok(step) if step.decode(1, &q, &k, &v, ATTN).is_err() => '1',
             Ok(_) => '.',
         };

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use half::f16;
 use mistralrs_kv_cache::{AttendConfig, CompressedKVCache, DecodeOutput};
 use ott_backend::attention::{decode, Queries};
-use ott_backend::cache::{Cache, Row, Tokens};
+use ott_backend::cache::{Cache, NewTokens, Row, RowPlan, Tokens};
 use ott_backend::report::ModelShape;
 use ott_backend::{CpuOps, OttConfig};
 use turboquant::cache::{CacheConfig, PqoCache, QuantNormMode};
@@ -123,7 +123,15 @@ fn table(case: Case) -> Vec<usize> {
     (1..case.depth / OttConfig::default().group_size + 2).collect()
 }
 
-pub fn ours(data: &Data, ops: &'static CpuOps) -> Result<(&'static str, Cache<f16>)> {
+/// Our cache with all tokens stored, by inner loops of this name.
+pub struct Ours {
+    pub name: &'static str,
+    cache: Cache<f16>,
+    /// The last token is new, and stored.
+    row: RowPlan,
+}
+
+pub fn ours(data: &Data, ops: &'static CpuOps) -> Result<Ours> {
     let case = data.case;
     let table = table(case);
     let cache = Cache::new(
@@ -137,16 +145,31 @@ pub fn ours(data: &Data, ops: &'static CpuOps) -> Result<(&'static str, Cache<f1
         new: case.depth,
         table: &table,
     };
-    cache.begin(&[row])?;
+    let row = cache.begin(&[row])?.pop().context("one row")?;
     let tokens = |x| Tokens::contiguous(x, case.depth, case.dim);
-    cache.append(LAYER, &row, None, &tokens(&data.k), &tokens(&data.v))?;
-    Ok((ops.name, cache))
+    let new = NewTokens {
+        row: &row,
+        q: None,
+        k: tokens(&data.k),
+        v: tokens(&data.v),
+    };
+    let faults = cache.append(LAYER, &[new])?;
+    ensure!(faults.is_empty(), "{faults:?}");
+    cache.end(|_| false);
+    Ok(Ours {
+        name: ops.name,
+        cache,
+        row: RowPlan {
+            past: case.depth - 1,
+            new: 1,
+            ..row
+        },
+    })
 }
 
 /// Attention of the last token over all.
-pub fn attend(data: &Data, cache: &Cache<f16>, out: &mut [f32]) -> Result<()> {
+pub fn attend(data: &Data, ours: &Ours, out: &mut [f32]) -> Result<()> {
     let case = data.case;
-    let table = table(case);
     let q: Vec<f32> = data.q.iter().map(|x| x.to_f32() * data.scale()).collect();
     let queries = Queries {
         q: &q,
@@ -154,28 +177,16 @@ pub fn attend(data: &Data, cache: &Cache<f16>, out: &mut [f32]) -> Result<()> {
         tokens: 1,
         softcap: None,
     };
-    let row = Row {
-        seq: 1,
-        past: case.depth - 1,
-        new: 1,
-        table: &table,
-    };
-    decode(&*cache.layer(LAYER)?, &[row], &queries, out);
+    let rows = std::slice::from_ref(&ours.row);
+    decode(&*ours.cache.layer(LAYER)?, rows, &queries, out);
     Ok(())
 }
 
-pub fn check_ours(data: &Data, cache: &Cache<f16>) -> Result<()> {
+pub fn check_ours(data: &Data, ours: &Ours) -> Result<()> {
     let case = data.case;
     let mut out = vec![0f32; case.heads * case.gqa * case.dim];
-    attend(data, cache, &mut out)?;
-    let table = table(case);
-    let row = Row {
-        seq: 1,
-        past: case.depth,
-        new: 0,
-        table: &table,
-    };
-    let (k, v) = cache.layer(LAYER)?.gather(&row)?;
+    attend(data, ours, &mut out)?;
+    let (k, v) = ours.cache.layer(LAYER)?.gather(&ours.row.after());
     let at = |x: &[f16], t: usize, c: usize| x[t * case.dim + c].to_f64();
     near(
         "ott",

@@ -66,8 +66,8 @@ fn measure(case: Case, repeats: usize) -> Result<Vec<Vec<Value>>> {
         .into_iter()
         .map(|ops| ours(&data, ops))
         .collect::<Result<_>>()?;
-    for (_, cache) in &caches {
-        check_ours(&data, cache)?;
+    for ours in &caches {
+        check_ours(&data, ours)?;
     }
     let upstream = Upstream::new(&data)?;
     upstream.check(&data)?;
@@ -76,12 +76,12 @@ fn measure(case: Case, repeats: usize) -> Result<Vec<Vec<Value>>> {
     let buffer = vec![1u64; bytes / 8];
     let mut contenders: Vec<Contender<'_>> =
         vec![("upstream f16".into(), Box::new(|| upstream.run().map(drop)))];
-    for (name, cache) in &caches {
+    for ours in &caches {
         let mut out = vec![0f32; case.heads * case.gqa * case.dim];
         let data = &data;
         contenders.push((
-            format!("ott {name}"),
-            Box::new(move || attend(data, cache, &mut out)),
+            format!("ott {}", ours.name),
+            Box::new(move || attend(data, ours, &mut out)),
         ));
     }
     contenders.push((

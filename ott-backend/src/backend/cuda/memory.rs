@@ -2,17 +2,18 @@
 
 use mistralrs_kv_backend::{KvMemory, KvShape};
 use ott_kernels::abi::PARTIAL;
-use ott_kernels::plan::{lanes, most_items, CHUNK};
+use ott_kernels::plan::{lanes, most_items};
 use ott_kernels::shape::LayerShape;
 
+use super::super::prompt::scratch_bytes;
 use super::tensor::kernel_dtype;
 use crate::cache::LayerSpec;
 use crate::config::{Rotation, Weigh};
 use crate::error::{Error, Result};
 
-/// Words of a row in a step's tables, and of all paddings between them.
-const ROW_WORDS: usize = 21;
-const PADDING_WORDS: usize = 20;
+/// Words of a row in a step's tables, with its fault, and of all paddings between them.
+const ROW_WORDS: usize = 22;
+const PADDING_WORDS: usize = 24;
 
 /// What kernels are told of the layers.
 pub fn shapes(specs: &[LayerSpec]) -> Vec<LayerShape> {
@@ -38,11 +39,6 @@ pub fn shapes(specs: &[LayerSpec]) -> Vec<LayerShape> {
     specs.iter().map(shape).collect()
 }
 
-/// Chunks of the window in each layer: a sequence's unsealed tokens are fewer than G + R.
-pub fn chunks(spec: &LayerSpec, max_seqs: usize) -> usize {
-    max_seqs.saturating_mul((spec.layout.group_size + spec.config.residual) / CHUNK)
-}
-
 /// Numbers in f32 that the parts of a step's contexts need in the layer that needs most.
 pub fn sums(shape: &KvShape) -> usize {
     let layers = shape.layers.iter().map(|l| {
@@ -51,7 +47,7 @@ pub fn sums(shape: &KvShape) -> usize {
             shape.block_size,
             lanes(l.num_heads, l.num_kv_heads),
         );
-        items.saturating_mul(l.num_heads * (l.v_dim + PARTIAL))
+        items.saturating_mul(l.num_heads.saturating_mul(l.v_dim + PARTIAL))
     });
     layers.max().unwrap_or(0)
 }
@@ -60,16 +56,18 @@ pub fn sums(shape: &KvShape) -> usize {
 fn tables(shape: &KvShape) -> usize {
     let blocks = shape.max_seq_len / shape.block_size + 2;
     let words = |lanes: usize| {
-        let rows = shape
-            .max_seqs
-            .saturating_mul(ROW_WORDS + 2 + lanes + 3 * blocks);
-        rows.saturating_add(4 * most_items(shape.max_seqs, shape.block_size, lanes) + PADDING_WORDS)
+        let of_row = blocks
+            .saturating_mul(3)
+            .saturating_add(ROW_WORDS + 2 + lanes);
+        let rows = shape.max_seqs.saturating_mul(of_row);
+        let items = most_items(shape.max_seqs, shape.block_size, lanes).saturating_mul(4);
+        rows.saturating_add(items).saturating_add(PADDING_WORDS)
     };
     let mut all: Vec<usize> = lanes_of(shape);
     all.sort_unstable();
     all.dedup();
-    let words: usize = all.into_iter().map(words).sum();
-    2 * words * size_of::<u32>()
+    let words = all.into_iter().map(words).fold(0, usize::saturating_add);
+    words.saturating_mul(2 * size_of::<u32>())
 }
 
 /// Blocks of threads per item, by layer.
@@ -89,15 +87,19 @@ pub fn memory(specs: &[LayerSpec], shape: &KvShape) -> Result<KvMemory> {
     let shapes = shapes(specs);
     let windows = shapes.iter().zip(specs).map(|(layer, spec)| {
         let chunk = layer.chunk_bytes(dtype.size()) + layer.sample_bytes(dtype.size());
-        chunk.saturating_mul(chunks(spec, shape.max_seqs).max(1))
+        chunk.saturating_mul(spec.chunks(shape.max_seqs).max(1))
     });
     let windows = windows.fold(0, usize::saturating_add);
-    let beside = sums(shape) * size_of::<f32>() + tables(shape) + FAULTS;
+    let prompts = shapes
+        .iter()
+        .map(|l| scratch_bytes(l.num_kv_heads, l.width(), dtype.size()));
+    let sums = sums(shape).saturating_mul(size_of::<f32>());
+    let beside = [sums, tables(shape), prompts.max().unwrap_or(0), LEAST];
     Ok(KvMemory {
         per_block: shapes.iter().map(|l| l.block_bytes(dtype.size())).sum(),
-        fixed: windows.saturating_add(beside),
+        fixed: beside.into_iter().fold(windows, usize::saturating_add),
     })
 }
 
-/// Bytes of the layers' faults and of what a layer holds at least: a traced token and its place.
-const FAULTS: usize = 1 << 20;
+/// Bytes of what layers hold at least: a traced token and its place each.
+const LEAST: usize = 1 << 20;

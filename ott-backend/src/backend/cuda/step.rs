@@ -2,22 +2,26 @@
 
 use std::f32::consts::LOG2_E;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use mistralrs_kv_backend::{KvAttn, KvPlan, KvStep};
 use ott_kernels::abi::{Fresh, Query};
+use ott_kernels::blocks::RowPlan;
+use ott_kernels::cache::Step;
+use ott_kernels::device::Turn;
 
-use super::super::{rows, seam, LastQueries};
-use super::cache::{failed, CudaCache, Tables};
+use super::super::prompt::attend;
+use super::super::{longest, seam};
+use super::cache::{failed, told, CudaCache};
 use super::tensor::{filled, Rows};
 use crate::error::Error;
 
-/// Prompts attend in the host: new tokens to each other in full precision, and to what [`KvStep::past`] reads back.
+/// Prompts without a past attend in the host; those with one here, in full precision to their new tokens.
 pub struct CudaStep {
     pub(super) cache: Arc<CudaCache>,
-    pub(super) tables: Tables,
-    pub(super) queries: LastQueries,
+    pub(super) step: Arc<Step>,
     pub(super) plan: KvPlan,
 }
 
@@ -38,58 +42,49 @@ impl KvStep for CudaStep {
         &self,
         layer: usize,
         q: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: KvAttn,
+        k: &Tensor,
+        v: &Tensor,
+        attn: KvAttn,
     ) -> Result<Option<Tensor>> {
-        if self.cache.layer(layer).map_err(seam)?.shape.weigh {
-            self.queries.keep(layer, q);
+        if self.step.rows.iter().all(|row| row.past == 0) {
+            return Ok(None);
         }
-        Ok(None)
+        let tokens = q.dim(2)?;
+        let mut answers = Vec::with_capacity(self.step.rows.len());
+        for (i, row) in self.step.rows.iter().enumerate() {
+            let new = |x: &Tensor| x.get(i)?.narrow(1, 0, row.new);
+            let stored = |tokens| self.read(layer, i, tokens, q.dtype());
+            let (q, k, v) = (new(q)?, new(k)?, new(v)?);
+            let answer = attend(&q, (&k, &v), row.past, attn, stored)?;
+            answers.push(answer.pad_with_zeros(1, 0, tokens - row.new)?);
+        }
+        Tensor::stack(&answers, 0).map(Some)
     }
 
     fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
-        let device_layer = self.cache.layer(layer).map_err(seam)?;
-        let rows = rows(&self.plan);
-        let Some(past) = rows.get(row).map(|row| row.past) else {
-            let rows = rows.len();
-            return Err(seam(Error::NoSuchRow { row, rows }));
-        };
-        let shape = &device_layer.shape;
-        let (heads, own) = (shape.num_kv_heads, self.cache.dtype);
-        let (k_shape, v_shape) = ((1, heads, past, shape.k_dim), (1, heads, past, shape.v_dim));
-        let device = &self.cache.device;
-        if past == 0 {
-            let empty = |shape| Tensor::zeros(shape, dtype, device);
-            return Ok((empty(k_shape)?, empty(v_shape)?));
-        }
-        let mut v = None;
-        let k = filled(k_shape, own, device, |k| {
-            v = Some(filled(v_shape, own, device, |v| {
-                let tables = self.tables.of(&self.cache, layer);
-                let gathered = device_layer.gather(tables, row as u32, past as u32, k, v);
-                gathered.map_err(failed).map_err(seam)?;
-                if shape.rotate {
-                    let stored = Fresh {
-                        data: v,
-                        row: 0,
-                        head: (past * shape.v_dim) as i64,
-                        token: shape.v_dim as i64,
-                    };
-                    let turned = device_layer.rotate((1, heads, past), stored, v);
-                    turned.map_err(failed).map_err(seam)?;
-                }
-                Ok(())
-            })?);
-            Ok(())
-        })?;
-        let v = v.ok_or_else(|| seam(Error::EmptyPlan))?;
-        Ok((k.to_dtype(dtype)?, v.to_dtype(dtype)?))
+        let past = self.row(row)?.past;
+        let (k, v) = self.read(layer, row, 0..past, dtype)?;
+        Ok((k.unsqueeze(0)?, v.unsqueeze(0)?))
     }
 
-    fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let q = self.queries.take(layer);
-        self.store(layer, q.as_ref(), k, v)
+    fn append(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
+        let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
+        let (shape, dtype) = (&device_layer.shape, self.cache.dtype);
+        let (num_rows, new) = (self.step.rows.len(), longest(&self.plan));
+        let of = |heads, dim| (num_rows, heads, new, dim);
+        // Nobody asks for them where keys are not weighed.
+        let q = Some(q).filter(|_| shape.weigh);
+        let q = q.map(|q| Rows::new("q", q, of(device_layer.num_heads, shape.k_dim), dtype));
+        let q = q.transpose()?;
+        let k = Rows::new("k", k, of(shape.num_kv_heads, shape.k_dim), dtype)?;
+        let v = Rows::new("v", v, of(shape.num_kv_heads, shape.v_dim), dtype)?;
+        let tables = self.step.tables(&self.cache.layers, layer);
+        let store = |q| k.with(|k| v.with(|v| device_layer.append(tables, q, k, v)));
+        let stored = match &q {
+            Some(q) => q.with(store)?,
+            None => store(Fresh::NOTHING),
+        };
+        stored??.map_err(failed).map_err(seam)
     }
 
     fn decode(
@@ -100,12 +95,12 @@ impl KvStep for CudaStep {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Tensor> {
-        self.store(layer, Some(q), k, v)?;
+        self.append(layer, q, k, v)?;
         if let Some(row) = self.plan.rows.iter().find(|row| row.new != 1) {
             let (seq, new) = (row.seq, row.new);
             return Err(seam(Error::DecodedTokens { seq, new }));
         }
-        let device_layer = self.cache.layer(layer).map_err(seam)?;
+        let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
         let shape = &device_layer.shape;
         let (num_rows, num_heads) = (self.plan.rows.len(), device_layer.num_heads);
         let given = q.dtype();
@@ -116,7 +111,7 @@ impl KvStep for CudaStep {
             (num_rows, num_heads, 1, shape.k_dim),
             self.cache.dtype,
         )?;
-        let tables = self.tables.of(&self.cache, layer);
+        let tables = self.step.tables(&self.cache.layers, layer);
         let out_shape = (num_rows, num_heads, 1, shape.v_dim);
         let out = filled(out_shape, self.cache.dtype, &self.cache.device, |out| {
             let attended = q.with(|q| {
@@ -125,7 +120,7 @@ impl KvStep for CudaStep {
                     row: q.row,
                     head: q.head,
                     out,
-                    sums: self.cache.sums_address(),
+                    sums: self.cache.layers.sums_address(),
                     arrived: 0,
                     num_heads: num_heads as u32,
                     scale: attn.scale * LOG2_E,
@@ -140,30 +135,55 @@ impl KvStep for CudaStep {
 }
 
 impl CudaStep {
-    /// Store the new tokens of all rows in one layer.
-    fn store(&self, layer: usize, q: Option<&Tensor>, k: &Tensor, v: &Tensor) -> Result<()> {
-        let device_layer = self.cache.layer(layer).map_err(seam)?;
-        let (shape, dtype) = (&device_layer.shape, self.cache.dtype);
-        let (num_rows, new) = (self.plan.rows.len(), self.longest());
-        let of = |heads, dim| (num_rows, heads, new, dim);
-        // Nobody asks for them where keys are not weighed.
-        let q = q.filter(|_| shape.weigh);
-        let q = q.map(|q| Rows::new("q", q, of(device_layer.num_heads, shape.k_dim), dtype));
-        let q = q.transpose()?;
-        let k = Rows::new("k", k, of(shape.num_kv_heads, shape.k_dim), dtype)?;
-        let v = Rows::new("v", v, of(shape.num_kv_heads, shape.v_dim), dtype)?;
-        let tables = self.tables.of(&self.cache, layer);
-        let store = |q| k.with(|k| v.with(|v| device_layer.append(tables, q, k, v)));
-        let stored = match &q {
-            Some(q) => q.with(store)?,
-            None => store(Fresh::NOTHING),
-        };
-        stored??.map_err(failed).map_err(seam)
+    fn row(&self, row: usize) -> Result<&RowPlan> {
+        let rows = self.step.rows.len();
+        let found = self.step.rows.get(row);
+        found.ok_or_else(|| seam(Error::NoSuchRow { row, rows }))
     }
 
-    /// Most new tokens of a row.
-    fn longest(&self) -> usize {
-        let rows = self.plan.rows.iter();
-        rows.map(|row| row.new).max().unwrap_or(0)
+    /// Some of a row's stored keys and values, `(num_kv_heads, tokens, dim)`, as they were before the step's are stored.
+    fn read(
+        &self,
+        layer: usize,
+        row: usize,
+        tokens: Range<usize>,
+        dtype: DType,
+    ) -> Result<(Tensor, Tensor)> {
+        let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
+        let shape = &device_layer.shape;
+        let (heads, own, device) = (shape.num_kv_heads, self.cache.dtype, &self.cache.device);
+        let of = |dim| (1, heads, tokens.len(), dim);
+        let (k_shape, v_shape) = (of(shape.k_dim), of(shape.v_dim));
+        if tokens.is_empty() {
+            let empty = |shape| Tensor::zeros(shape, dtype, device)?.squeeze(0);
+            return Ok((empty(k_shape)?, empty(v_shape)?));
+        }
+        let range = tokens.start as u32..tokens.end as u32;
+        let mut v = None;
+        let k = filled(k_shape, own, device, |k| {
+            v = Some(filled(v_shape, own, device, |v| {
+                let tables = self.step.tables(&self.cache.layers, layer);
+                let gathered = device_layer.gather(tables, row as u32, range, k, v);
+                gathered.map_err(failed).map_err(seam)?;
+                if shape.rotate {
+                    let stored = Fresh {
+                        data: v,
+                        row: 0,
+                        head: (tokens.len() * shape.v_dim) as i64,
+                        token: shape.v_dim as i64,
+                    };
+                    let places = (1, heads, tokens.len());
+                    let turned = device_layer.rotate(Turn::Back, places, stored, v);
+                    turned.map_err(failed).map_err(seam)?;
+                }
+                Ok(())
+            })?);
+            Ok(())
+        })?;
+        let v = v.ok_or_else(|| candle_core::Error::Msg("nothing was gathered".into()))?;
+        Ok((
+            k.squeeze(0)?.to_dtype(dtype)?,
+            v.squeeze(0)?.to_dtype(dtype)?,
+        ))
     }
 }

@@ -3,6 +3,7 @@
 //! | option | meaning | default |
 //! |---|---|---|
 //! | `fail_layer=L` | `append` and `decode` fail in layer `L`; without it, `begin_step` fails | |
+//! | `fail_row=R` | row `R` of the step has a fault, told by `end_step`; the others go on | |
 //! | `fail_after_steps=S` | so many steps succeed first | 0 |
 //! | `fail_times=K` | so many steps fail, then all succeed again | 1 |
 //! | `fail_every=N` | and again after each N steps; 0: never again | 0 |
@@ -11,13 +12,13 @@
 //! Steps are counted over the life of the cache, whoever they belong to.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{bail, DType, Result, Tensor};
 
 use crate::{
-    KvAttn, KvBackendProvider, KvCacheBackend, KvMemory, KvModelSource, KvPlan, KvShape, KvStats,
-    KvStep,
+    KvAttn, KvBackendProvider, KvCacheBackend, KvFault, KvMemory, KvModelSource, KvPlan, KvShape,
+    KvStats, KvStep,
 };
 
 /// The provider of `toy-faulty`, to be [registered](crate::register) by tests.
@@ -30,6 +31,7 @@ struct Faulty(Arc<dyn KvBackendProvider>);
 #[derive(Clone, Copy, Debug)]
 struct Fault {
     layer: Option<usize>,
+    row: Option<usize>,
     after_steps: usize,
     times: usize,
     every: usize,
@@ -40,6 +42,7 @@ impl Fault {
     fn parse(options: &str) -> anyhow::Result<Self> {
         let mut fault = Self {
             layer: None,
+            row: None,
             after_steps: 0,
             times: 1,
             every: 0,
@@ -52,12 +55,13 @@ impl Fault {
             }
             match option.split_once('=').map(|(key, n)| (key, n.parse())) {
                 Some(("fail_layer", Ok(n))) => fault.layer = Some(n),
+                Some(("fail_row", Ok(n))) => fault.row = Some(n),
                 Some(("fail_after_steps", Ok(n))) => fault.after_steps = n,
                 Some(("fail_times", Ok(n))) => fault.times = n,
                 Some(("fail_every", Ok(n))) => fault.every = n,
                 _ => anyhow::bail!(
                     "toy-faulty does not know `{option}`; its options are `fail_layer=L`, \
-                     `fail_after_steps=S`, `fail_times=K`, `fail_every=N` and `fail_by=error` or `panic`"
+                     `fail_row=R`, `fail_after_steps=S`, `fail_times=K`, `fail_every=N` and `fail_by=error` or `panic`"
                 ),
             }
         }
@@ -111,6 +115,7 @@ impl KvBackendProvider for Faulty {
             cache,
             fault,
             steps: AtomicUsize::new(0),
+            faults: Mutex::default(),
         }))
     }
 }
@@ -119,12 +124,24 @@ struct FaultyCache {
     cache: Arc<dyn KvCacheBackend>,
     fault: Fault,
     steps: AtomicUsize,
+    /// Of the step that runs.
+    faults: Mutex<Vec<KvFault>>,
 }
 
 impl KvCacheBackend for FaultyCache {
     fn begin_step(&self, plan: KvPlan) -> Result<Arc<dyn KvStep>> {
         let step = self.steps.fetch_add(1, Ordering::Relaxed);
+        let row = self.fault.row.filter(|_| self.fault.hits(step));
+        let row = row.and_then(|row| plan.rows.get(row));
+        let fault = row.map(|row| KvFault {
+            seq: row.seq,
+            error: format!("toy-faulty: a row of step {step} fails, as asked"),
+        });
+        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = fault.into_iter().collect();
         let inner = self.cache.begin_step(plan)?;
+        if self.fault.row.is_some() {
+            return Ok(inner);
+        }
         match (self.fault.hits(step), self.fault.layer) {
             (false, _) => Ok(inner),
             (true, None) => self.fault.fail(format!("the beginning of step {step}")),
@@ -141,8 +158,13 @@ impl KvCacheBackend for FaultyCache {
         self.cache.allocated(seq, blocks);
     }
 
-    fn released(&self, seq: usize, blocks: &[usize]) {
-        self.cache.released(seq, blocks);
+    fn end_step(&self) -> Result<Vec<KvFault>> {
+        let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(std::mem::take(&mut *faults))
+    }
+
+    fn released(&self, seq: usize, blocks: &[usize]) -> Vec<usize> {
+        self.cache.released(seq, blocks)
     }
 
     fn reset(&self) {
@@ -193,9 +215,9 @@ impl KvStep for FaultyStep {
         self.inner.past(layer, row, dtype)
     }
 
-    fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+    fn append(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
         self.check(layer)?;
-        self.inner.append(layer, k, v)
+        self.inner.append(layer, q, k, v)
     }
 
     fn decode(

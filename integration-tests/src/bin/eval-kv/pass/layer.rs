@@ -1,13 +1,13 @@
 //! One layer of a text: what it keeps, and attention of new tokens over it.
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Tensor};
 use half::f16;
 use mistralrs_kv_backend::{KvAttn, KvLayer};
 use ott_backend::attention::{decode, Queries};
-use ott_backend::cache::{Cache, LayerSpec, NewQueries, Row, Tokens};
+use ott_backend::cache::{Cache, LayerSpec, NewQueries, NewTokens, Row, Tokens};
 use ott_backend::cpu::Full;
-use ott_backend::rotate::rotate;
+use ott_backend::rotate::{rotate, rotate_back};
 use ott_backend::{CpuOps, Element, OttConfig, PageLayout, Rotation};
 use rayon::prelude::*;
 
@@ -119,14 +119,15 @@ impl Layer {
     /// Add what is held to `held`.
     pub fn count(&self, held: &mut Held) {
         let Self::Ott(kept) = self else { return };
-        let Ok(layer) = kept.cache.layer(0) else {
+        let (Ok(layer), Ok(stats)) = (kept.cache.layer(0), kept.cache.stats(0)) else {
             return;
         };
         held.bytes += kept.cache.allocated_bytes();
-        held.traced.push(layer.stats().traced_tokens);
-        for (i, block) in kept.table.iter().enumerate() {
+        held.traced.push(stats.traced_tokens);
+        let pages = stats.sealed_blocks;
+        for (i, block) in kept.table.iter().enumerate().take(pages) {
             let heads = 0..layer.spec().layout.num_kv_heads;
-            for head in heads.filter(|_| layer.is_sealed(*block)) {
+            for head in heads {
                 let slots = layer.head(*block, head).traced().iter();
                 let position = |slot: &u8| i * kept.config.group_size + usize::from(*slot);
                 held.positions.extend(slots.map(position));
@@ -163,14 +164,22 @@ impl Kept {
                 new: step,
                 table: &self.table,
             };
-            self.cache.begin(&[row])?;
+            let rows = self.cache.begin(&[row])?;
             let from = |x, dim| of_step(x, new, done, dim);
             let asked = NewQueries {
                 tokens: from(&q[..], k_dim),
                 num_heads,
             };
             let (keys, values) = (from(&k[..], k_dim), from(&v[..], v_dim));
-            self.cache.append(0, &row, Some(&asked), &keys, &values)?;
+            let new = NewTokens {
+                row: &rows[0],
+                q: Some(asked),
+                k: keys,
+                v: values,
+            };
+            let faults = self.cache.append(0, &[new])?;
+            ensure!(faults.is_empty(), "{faults:?}");
+            self.cache.end(|_| false);
             let mut queries = Vec::with_capacity(num_heads * step * k_dim);
             for head in 0..num_heads {
                 let head = &q[(head * new + done) * k_dim..][..step * k_dim];
@@ -183,7 +192,7 @@ impl Kept {
                 softcap: attn.softcap,
             };
             let mut attended = vec![0f32; num_heads * step * v_dim];
-            decode(&*self.cache.layer(0)?, &[row], &queries, &mut attended);
+            decode(&*self.cache.layer(0)?, &rows, &queries, &mut attended);
             for (head, attended) in attended.chunks_exact(step * v_dim).enumerate() {
                 let at = (head * new + done) * v_dim;
                 out[at..at + attended.len()].copy_from_slice(attended);
@@ -191,7 +200,7 @@ impl Kept {
             (done, self.tokens) = (done + step, self.tokens + step);
         }
         if turned {
-            out.par_chunks_exact_mut(v_dim).for_each(rotate);
+            out.par_chunks_exact_mut(v_dim).for_each(rotate_back);
         }
         Ok(out)
     }

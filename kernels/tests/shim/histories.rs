@@ -1,0 +1,68 @@
+//! Random histories of a host against the CUDA cache under the shim: those of `ott-backend/tests/state_machine.rs`, judged by
+//! the same model. `PROPTEST_CASES` says how many.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use crate::harness::proptest_config;
+use crate::kernels::{kernels, THREADS_COPY};
+use crate::machine::{model, op, Machine, Op};
+use crate::reference::Rules;
+use crate::subject::subject;
+
+/// Attention in f32, with approximate exponentials, against f64.
+const F32: f64 = 4e-4;
+
+const RULES: Rules = Rules {
+    group: 32,
+    residual: 32,
+    outliers: 2,
+    extra: 3,
+    ..Rules::PAPER
+};
+const OPTIONS: &str = "paper,group=32,residual=32,outliers=2,extra=3";
+
+/// A GPU decodes one token of a sequence in a step.
+fn one_token(op: Op) -> Op {
+    match op {
+        Op::Decode { .. } => Op::Decode {
+            tokens: 1,
+            rejected: 0,
+        },
+        op => op,
+    }
+}
+
+fn run(options: &str, rules: Rules, seed: u64, ops: &[Op]) {
+    let kernels = kernels(THREADS_COPY, &[], &[], seed).expect("compiles");
+    let mut machine = Machine::new(subject(kernels, model(options)), rules, seed, F32);
+    ops.iter().for_each(|op| machine.apply(one_token(*op)));
+    machine.come_to_rest();
+}
+
+proptest! {
+    #![proptest_config(proptest_config())]
+
+    #[test]
+    fn any_history(seed in 0u64..1000, ops in vec(op(), 1..50)) {
+        run(OPTIONS, RULES, seed, &ops);
+    }
+
+    #[test]
+    fn any_history_without_a_window(seed in 0u64..1000, ops in vec(op(), 1..50)) {
+        let rules = Rules { residual: 0, ..RULES };
+        run("paper,group=32,residual=0,outliers=2,extra=3", rules, seed, &ops);
+    }
+
+    #[test]
+    fn any_history_boosted_and_rotated(seed in 0u64..1000, ops in vec(op(), 1..50)) {
+        let rules = Rules { boost: 12, rotate: true, ..RULES };
+        run(&format!("{OPTIONS},boost=12,rotate=v"), rules, seed, &ops);
+    }
+
+    #[test]
+    fn any_history_of_larger_groups(seed in 0u64..1000, ops in vec(op(), 1..50)) {
+        let rules = Rules { group: 64, ..RULES };
+        run("paper,group=64,residual=32,outliers=2,extra=3", rules, seed, &ops);
+    }
+}
