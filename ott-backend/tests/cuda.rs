@@ -5,6 +5,7 @@
 //! Compiled with the feature `cuda`; run where a GPU is: `cargo test -p ott-backend --features cuda --test cuda -- --ignored`.
 
 mod harness;
+mod machine;
 #[allow(dead_code)]
 mod pool;
 mod reference;
@@ -13,9 +14,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use harness::{numbers, Host, Model, Sequence, Text};
+use machine::{once_wrong, op, Machine, Op, Subject};
 use mistralrs_kv_backend::KvBackendProvider;
 use ott_backend::backend::Inspect;
 use pool::Pool;
+use proptest::collection::vec;
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::TestRunner;
+use reference::Rules;
+
 /// Random numbers: splitmix64.
 struct Draw(u64);
 
@@ -447,6 +454,85 @@ fn a_bad_row_of_eight_ends_alone() {
     host.cache.allocated(9, &[30, 31]);
     host.step(&mut again, 72, true)
         .expect("its beginning is there");
+}
+
+/// The histories of `state_machine`, on the GPU; `OTT_HISTORIES` of each setting.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn the_state_machine_finds_nothing() {
+    let (gpu, _one) = gpu();
+    let count = std::env::var("OTT_HISTORIES").ok();
+    let count: u64 = count.and_then(|n| n.parse().ok()).unwrap_or(130);
+    let rules = Rules {
+        group: 32,
+        residual: 32,
+        outliers: 2,
+        extra: 3,
+        ..Rules::PAPER
+    };
+    let settings = [
+        ("paper,group=32,residual=32,outliers=2,extra=3", rules),
+        (
+            "paper,group=32,residual=0,outliers=2,extra=3",
+            Rules {
+                residual: 0,
+                ..rules
+            },
+        ),
+        (
+            "paper,group=32,residual=32,outliers=2,extra=3,boost=12,rotate=v",
+            Rules {
+                boost: 12,
+                rotate: true,
+                ..rules
+            },
+        ),
+        (
+            "paper,group=64,residual=32,outliers=2,extra=3",
+            Rules { group: 64, ..rules },
+        ),
+    ];
+    let run = |options: &str, rules: Rules, seed: u64, ops: &[Op]| {
+        let mut model = machine::model(options);
+        model.device = gpu.clone();
+        let memory = ott_backend::provider()
+            .memory(&model.shape())
+            .expect("served");
+        let subject = Subject {
+            host: model.host(machine::NUM_BLOCKS),
+            inspect: ott_backend::provider().caches().pop().expect("it was made"),
+            answered: memory.per_block * machine::NUM_BLOCKS + memory.fixed,
+        };
+        let mut machine = Machine::new(subject, rules, seed, 4e-4);
+        for op in ops {
+            // A GPU decodes one token of a sequence in a step.
+            machine.apply(match *op {
+                Op::Decode { .. } => Op::Decode {
+                    tokens: 1,
+                    rejected: 0,
+                },
+                op => op,
+            });
+        }
+        machine.come_to_rest();
+    };
+    for (what, history) in once_wrong() {
+        println!("{what}");
+        run(settings[0].0, rules, 1, &history);
+    }
+    let mut runner = TestRunner::deterministic();
+    let mut histories = 0;
+    for (options, rules) in settings {
+        for seed in 0..count {
+            let ops = vec(op(), 1..50)
+                .new_tree(&mut runner)
+                .expect("ops")
+                .current();
+            run(options, rules, seed, &ops);
+            histories += 1;
+        }
+        println!("{options}: {histories} histories so far");
+    }
 }
 
 /// What a GPU cannot serve is refused with a sentence, before anything is taken.

@@ -12,7 +12,7 @@ mod reference;
 
 use std::sync::{Mutex, PoisonError};
 
-use machine::{op, Machine, Op, Seen, Subject, NUM_BLOCKS};
+use machine::{once_wrong, op, Machine, Op, Seen, Subject, NUM_BLOCKS};
 use mistralrs_kv_backend::KvBackendProvider;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -105,6 +105,14 @@ fn a_hit_may_mix_the_blocks_of_two_sequences() {
         },
     ];
     run(OPTIONS, RULES, 3, &history);
+}
+
+#[test]
+fn what_once_went_wrong_goes_right() {
+    for (what, history) in once_wrong() {
+        println!("{what}");
+        run(OPTIONS, RULES, 1, &history);
+    }
 }
 
 /// One sequence more than the window was sized for: the step is refused as a whole.

@@ -6,9 +6,9 @@ use proptest::prelude::*;
 
 use crate::harness::proptest_config;
 use crate::kernels::{kernels, THREADS_COPY};
-use crate::machine::{model, op, Machine, Op};
+use crate::machine::{model, once_wrong, op, Machine, Op};
 use crate::reference::Rules;
-use crate::subject::subject;
+use crate::subject::{subject, Tells};
 
 /// Attention in f32, with approximate exponentials, against f64.
 const F32: f64 = 4e-4;
@@ -34,8 +34,13 @@ fn one_token(op: Op) -> Op {
 }
 
 fn run(options: &str, rules: Rules, seed: u64, ops: &[Op]) {
+    run_told(Tells::AtOnce, options, rules, seed, ops);
+}
+
+fn run_told(tells: Tells, options: &str, rules: Rules, seed: u64, ops: &[Op]) {
     let kernels = kernels(THREADS_COPY, &[], &[], seed).expect("compiles");
-    let mut machine = Machine::new(subject(kernels, model(options)), rules, seed, F32);
+    let subject = subject(kernels, model(options), tells);
+    let mut machine = Machine::new(subject, rules, seed, F32);
     ops.iter().for_each(|op| machine.apply(one_token(*op)));
     machine.come_to_rest();
 }
@@ -65,4 +70,22 @@ proptest! {
         let rules = Rules { group: 64, ..RULES };
         run("paper,group=64,residual=32,outliers=2,extra=3", rules, seed, &ops);
     }
+}
+
+#[test]
+fn what_once_went_wrong_goes_right() {
+    for (what, history) in once_wrong() {
+        println!("{what}");
+        run(OPTIONS, RULES, 1, &history);
+        let rules = Rules { boost: 12, ..RULES };
+        run(&format!("{OPTIONS},boost=12"), rules, 1, &history);
+    }
+}
+
+/// A fault that is told with the step after its own, as it once was.
+#[test]
+fn faults_that_are_told_late_are_found() {
+    let (_, history) = once_wrong().swap_remove(4);
+    let late = || run_told(Tells::Late, OPTIONS, RULES, 1, &history);
+    assert!(std::panic::catch_unwind(late).is_err());
 }

@@ -3,7 +3,7 @@
 
 use std::f32::consts::LOG2_E;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Device, Error, Result, Tensor};
 use mistralrs_kv_backend::{KvAttn, KvBackendProvider, KvCacheBackend, KvFault, KvPlan, KvStep};
@@ -20,6 +20,8 @@ use crate::harness::{Host, Model};
 use crate::machine::{Subject, NUM_BLOCKS};
 
 struct Shim {
+    tells: Tells,
+    late: Mutex<Vec<KvFault>>,
     layers: DeviceCache,
     stream: Arc<CudaStream>,
     model: Model,
@@ -33,8 +35,17 @@ struct ShimStep {
 
 struct ShimBackend(Arc<Shim>);
 
+/// When faults of rows are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tells {
+    /// By the step that has them.
+    AtOnce,
+    /// By the step after it: a fault put in on purpose.
+    Late,
+}
+
 /// The cache of a model on these kernels.
-pub fn subject(kernels: Kernels, model: Model) -> Subject {
+pub fn subject(kernels: Kernels, model: Model, tells: Tells) -> Subject {
     let config = OttConfig::parse(&model.options).expect("valid");
     let spec = |layer| LayerSpec {
         layer,
@@ -52,6 +63,8 @@ pub fn subject(kernels: Kernels, model: Model) -> Subject {
     let stream = Arc::clone(kernels.stream());
     let layers = DeviceCache::new(kernels, &shapes, Dtype::F32, pool, config.residual, 1);
     let shim = Arc::new(Shim {
+        tells,
+        late: Mutex::default(),
         layers: layers.expect("memory"),
         stream,
         model: model.clone(),
@@ -96,7 +109,12 @@ impl KvCacheBackend for ShimBackend {
             seq: fault.seq,
             error: format!("layer {}", fault.layer),
         };
-        Ok(faults.map(fault).collect())
+        let mut faults: Vec<KvFault> = faults.map(fault).collect();
+        if self.0.tells == Tells::Late {
+            let mut late = self.0.late.lock().map_err(failed)?;
+            std::mem::swap(&mut *late, &mut faults);
+        }
+        Ok(faults)
     }
 
     fn allocated(&self, _seq: usize, blocks: &[usize]) {

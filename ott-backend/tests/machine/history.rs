@@ -77,3 +77,67 @@ pub fn texts(seed: u64) -> Vec<Text> {
     texts.push(text);
     texts
 }
+
+/// Histories that once went wrong on a GPU, for groups and windows of 32 tokens.
+pub fn once_wrong() -> Vec<(&'static str, Vec<Op>)> {
+    let start = |text, tokens| Op::Start {
+        text,
+        tokens,
+        pick: 0,
+    };
+    let prompt = Op::Prompt { tokens: 170 };
+    let decode = |count: usize| {
+        let one = Op::Decode {
+            tokens: 1,
+            rejected: 0,
+        };
+        vec![one; count]
+    };
+    // Text 0 leaves the last text after its first block.
+    let shared =
+        |first: usize, second: usize| vec![start(5, first), prompt, start(0, second), prompt];
+    vec![
+        (
+            "two share a block, and one leaves it before the other",
+            [shared(45, 39), decode(40)].concat(),
+        ),
+        (
+            "a third sequence needs a chunk in the step in which one of two seals what both share",
+            [vec![start(4, 49), prompt], shared(45, 39), decode(40)].concat(),
+        ),
+        (
+            "two that share a block seal it in one step",
+            [shared(50, 50), decode(40)].concat(),
+        ),
+        (
+            "a step breaks off that would have sealed a block of another sequence",
+            [
+                vec![start(5, 45), prompt, start(0, 100)],
+                vec![Op::Fail {
+                    layer: 0,
+                    prompt: true,
+                }],
+                decode(40),
+            ]
+            .concat(),
+        ),
+        (
+            "a row is bad in the step that seals what it shares",
+            [
+                shared(63, 39),
+                vec![Op::Bad {
+                    layer: 1,
+                    who: 0,
+                    prompt: false,
+                }],
+                decode(20),
+                vec![start(5, 63), prompt],
+            ]
+            .concat(),
+        ),
+        (
+            "a reader ends while the writer has the block in its window",
+            [shared(45, 34), vec![Op::End { who: 1 }], decode(20)].concat(),
+        ),
+    ]
+}
