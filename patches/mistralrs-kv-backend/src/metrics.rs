@@ -57,11 +57,9 @@ const COUNTERS: [Count; 7] = [
         "Times that a sequence lost tokens it had computed",
         |r| r.preempted,
     ),
-    (
-        "prompt_tokens",
-        "Tokens of those prompts",
-        |r| r.prompt_tokens,
-    ),
+    ("prompt_tokens", "Tokens of those prompts", |r| {
+        r.prompt_tokens
+    }),
     (
         "hit_tokens",
         "Those of them that were stored already",
