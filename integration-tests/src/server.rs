@@ -173,7 +173,6 @@ impl Server {
         let event = |line: std::io::Result<String>| match line {
             Ok(line) => {
                 let event = line.strip_prefix("data: ").map(str::to_owned);
-                // An error in mid-stream is plain text.
                 event.map(|event| serde_json::from_str(&event).with_context(|| event.clone()))
             }
             Err(error) => Some(Err(error.into())),

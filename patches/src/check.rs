@@ -12,11 +12,12 @@ use crate::registry::remove_dir;
 use crate::series::{self, PRISTINE};
 
 /// Lines added to files that upstream has. New files are free: a call site is what hurts at the next update.
-/// The last 48 of them count hits, evictions and preemptions where the host knows them, and keep the error of one
-/// sequence from the others of its batch.
-const ADDED_BUDGET: usize = 728;
+/// 48 of them count hits, evictions and preemptions where the host knows them, and keep the error of one sequence from
+/// the others of its batch. The last 265 mend what a new user meets in the first hour: how answers end and are streamed,
+/// and which prompts wait; 24 of them only moved.
+const ADDED_BUDGET: usize = 993;
 /// Files of upstream's that are changed.
-const FILES_BUDGET: usize = 47;
+const FILES_BUDGET: usize = 53;
 /// The one place in the host that may say our name: where the command line registers our backend.
 const REGISTRATION: &str = "mistralrs-cli/src/";
 const REGISTRATION_LINES: usize = 3;

@@ -58,18 +58,6 @@ pub struct Answer {
     pub tokens: usize,
 }
 
-impl Answer {
-    /// Drop text behind another answer's: mistral.rs 0.8.1 streams a stop word, and what follows in its token,
-    /// which it cuts off where it answers at once.
-    pub fn cut_at_the_end_of(&mut self, other: &Self) {
-        for (choice, other) in self.choices.iter_mut().zip(&other.choices) {
-            if choice.text.starts_with(&other.text) {
-                choice.text.truncate(other.text.len());
-            }
-        }
-    }
-}
-
 /// Requests of all kinds: long and short, some with the same beginning.
 pub fn asks(seed: u64, count: usize, length: Length) -> Vec<Ask> {
     (0..count).map(|i| ask(seed, i as u64, length)).collect()
@@ -135,11 +123,6 @@ fn call_a_tool(body: &mut Value) {
 }
 
 impl Ask {
-    /// Whether certain words end the answer.
-    pub fn has_stop_words(&self) -> bool {
-        !self.body["stop"].is_null()
-    }
-
     fn path(&self) -> &'static str {
         match self.chat {
             true => "/v1/chat/completions",

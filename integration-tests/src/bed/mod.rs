@@ -144,10 +144,7 @@ impl Bed {
             Err(error) if self.is_asked(&error) => lock().failed += 1,
             Err(error) => wrong(format!("no answer: {error:#}")),
             Ok(_) if expected.tokens > self.judged_tokens => lock().answered += 1,
-            Ok(mut answer) => {
-                if streamed && ask.has_stop_words() {
-                    answer.cut_at_the_end_of(expected);
-                }
+            Ok(answer) => {
                 let verdict = agree(expected, &answer, self.budget);
                 let mut outcome = lock();
                 outcome.answered += 1;

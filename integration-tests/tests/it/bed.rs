@@ -38,7 +38,7 @@ fn a_storm_on_a_small_pool_in_full_precision() -> Result<()> {
         "--kv-cache",
         "toy-f32:block=16",
         "--pa-context-len",
-        "640",
+        "256",
         "--max-seqs",
         "6",
     ];

@@ -1,5 +1,6 @@
 //! The patched host with a real model: one binary, since each links the whole host.
 
+mod answers;
 mod bed;
 mod cache;
 mod clients;
@@ -11,6 +12,7 @@ mod refusals;
 mod refusals_api;
 mod server;
 mod telemetry;
+mod together;
 mod toy;
 mod untouched;
 mod ways_in;

@@ -76,6 +76,21 @@ fn contradictions_and_bad_specs() -> Result<()> {
     Ok(())
 }
 
+/// Without a backend, too: there a panic came after the weights were read, and with one a server that never listened.
+#[test]
+fn no_sequences_at_once() -> Result<()> {
+    for cache in [&["--kv-cache", "ott"][..], &[]] {
+        let args = [cache, &["--max-seqs", "0"]].concat();
+        let said = refusal("llama", LLAMA, &args)?;
+        assert_eq!(
+            said,
+            "Error: 0 is no number of sequences to run at once (`--max-seqs`, `max_seqs`, \
+             `with_max_num_seqs`): every request would wait for ever. Give 1 or more, or leave it out."
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn models_no_backend_can_serve() -> Result<()> {
     let cases = [

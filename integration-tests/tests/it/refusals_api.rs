@@ -60,6 +60,22 @@ fn error(built: Result<Model>) -> String {
 }
 
 #[test]
+fn no_sequences_at_once() -> Result<()> {
+    let _alone = crate::alone();
+    let llama = folder("api-max-seqs")?;
+    let plain = TextModelBuilder::new(llama.display())
+        .with_token_source(TokenSource::None)
+        .with_force_cpu();
+    for builder in [text(&llama), plain] {
+        let said = error(block_on(builder.with_max_num_seqs(0).build()));
+        assert!(said.starts_with("0 is no number of sequences"), "{said}");
+    }
+    let said = error(block_on(gguf(&smollm2()?).with_max_num_seqs(0).build()));
+    assert!(said.starts_with("0 is no number of sequences"), "{said}");
+    Ok(())
+}
+
+#[test]
 fn models_without_paged_attention() -> Result<()> {
     let _alone = crate::alone();
     let llama = folder("api")?;

@@ -49,19 +49,17 @@ const COUNTERS: [Count; 7] = [
     ),
     (
         "sequences",
-        "Sequences that got blocks, again after a preemption",
+        "Sequences whose prompt was run, each once",
         |r| r.sequences,
     ),
     (
         "preemptions",
-        "Sequences that lost their blocks before their end",
+        "Times that a sequence lost tokens it had computed",
         |r| r.preempted,
     ),
-    (
-        "prompt_tokens",
-        "Tokens of sequences when they got blocks",
-        |r| r.prompt_tokens,
-    ),
+    ("prompt_tokens", "Tokens of those prompts", |r| {
+        r.prompt_tokens
+    }),
     (
         "hit_tokens",
         "Those of them that were stored already",

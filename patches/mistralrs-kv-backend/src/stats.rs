@@ -98,14 +98,14 @@ impl KvMeter {
         &self.backend
     }
 
-    /// A sequence got its first blocks, perhaps after a preemption: of its tokens so many were hit.
-    pub fn started(&self, tokens: usize, hit: usize) {
+    /// A sequence's prompt is run, for the first time: of its tokens so many were hit.
+    pub fn admitted(&self, tokens: usize, hit: usize) {
         self.counts.sequences.fetch_add(1, Relaxed);
         self.counts.prompt_tokens.fetch_add(tokens, Relaxed);
         self.counts.hit_tokens.fetch_add(hit, Relaxed);
     }
 
-    /// A sequence lost its blocks before its end.
+    /// A sequence lost tokens it had computed, before its end.
     pub fn preempted(&self) {
         self.counts.preempted.fetch_add(1, Relaxed);
     }
@@ -191,11 +191,11 @@ pub struct KvReport {
     pub free_blocks: usize,
     /// Blocks with tokens to hit that were handed out for others, ever.
     pub evicted_blocks: usize,
-    /// Sequences that got blocks, ever; again after each preemption.
+    /// Sequences whose prompt was run, ever; each once, however often it was preempted.
     pub sequences: usize,
-    /// Sequences that lost their blocks before their end, ever.
+    /// How often a sequence lost tokens it had computed, before its end.
     pub preempted: usize,
-    /// Tokens of those sequences when they got blocks.
+    /// Tokens of those prompts.
     pub prompt_tokens: usize,
     /// Those of them that were stored already. Over `prompt_tokens`, the prefix hit rate.
     pub hit_tokens: usize,

@@ -40,7 +40,7 @@ fn a_sequence_is_counted_and_told() -> anyhow::Result<()> {
     let meter = meter()?;
     assert_eq!(meter.report().free_blocks, 4);
     meter.backend().allocated(1, &[1, 2]);
-    meter.started(6, 4);
+    meter.admitted(6, 4);
     meter.pool(2, 1);
     let row = KvRow {
         seq: 1,
