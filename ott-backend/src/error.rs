@@ -17,6 +17,22 @@ pub enum Error {
     UnknownOption {
         /// As typed.
         option: Box<str>,
+        /// Its right name; empty if that cannot be told.
+        meant: Box<str>,
+    },
+    /// A first item that is no preset.
+    UnknownPreset {
+        /// As typed.
+        preset: Box<str>,
+        /// What to type instead; empty if that cannot be told.
+        meant: Box<str>,
+    },
+    /// An exemption that leaves no layer to trace.
+    NothingTraced {
+        /// First layers that do not trace.
+        exempt: usize,
+        /// Layers of the model.
+        layers: usize,
     },
     /// A preset that is not the first item.
     MisplacedPreset {
@@ -207,15 +223,36 @@ pub enum Error {
     },
 }
 
+/// What was meant, as the end of a clause.
+fn hint(meant: &str) -> String {
+    match meant {
+        "" => String::new(),
+        _ => format!(": did you mean `{meant}`?"),
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::UnknownOption { option } => {
+            Self::UnknownOption { option, meant } => {
+                let hint = hint(meant);
                 write!(
                     f,
-                    "the ott cache has no option `{option}` ({VALID_OPTIONS})"
+                    "the ott cache has no option `{option}`{hint} ({VALID_OPTIONS})"
                 )
             }
+            Self::UnknownPreset { preset, meant } => {
+                let hint = hint(meant);
+                write!(
+                    f,
+                    "the ott cache has no option `{preset}`{hint} ({VALID_OPTIONS})"
+                )
+            }
+            Self::NothingTraced { exempt, layers } => write!(
+                f,
+                "`exempt_layers={exempt}` leaves none of the model's {layers} layers to trace: set it below {layers}, \
+                 or switch tracing off with `outliers=0`"
+            ),
             Self::MisplacedPreset { preset } => {
                 write!(f, "the preset `{preset}` must come first ({VALID_OPTIONS})")
             }
