@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
+use crate::git::Git;
 use crate::project::Project;
 use crate::registry::cargo;
 
@@ -89,6 +90,10 @@ pub fn cargo_upstream_test(project: &Project) -> Result<Command> {
 fn cargo_host(project: &Project, args: &[&str]) -> Result<Command> {
     let mut cargo = command(&project.root.join("integration-tests"), args)?;
     cargo.env("CARGO_TARGET_DIR", host_target()?);
+    // What `mistralrs --version` says; builds and tests are told the same, so that nothing is built twice.
+    if let Ok(revision) = Git::at(&project.root).line(&["rev-parse", "--short", "HEAD"]) {
+        cargo.env("MISTRALRS_REVISION", revision);
+    }
     Ok(cargo)
 }
 
