@@ -1,5 +1,7 @@
 //! What is kept, at how many bits: parsed from the text after `ott:` and valid ever after.
 
+mod hint;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -155,13 +157,6 @@ impl OttConfig {
                 continue;
             };
             let (name, value) = (name.trim(), value.trim());
-            let lower = name.to_ascii_lowercase().replace('-', "_");
-            if lower != name && NAMES.contains(&lower.as_str()) {
-                return Err(Error::UnknownOption {
-                    option: name.into(),
-                    meant: lower.into(),
-                });
-            }
             if seen.contains(&name) {
                 return Err(Error::DuplicateOption {
                     option: name.into(),
@@ -266,9 +261,9 @@ impl OttConfig {
             "3bit" => Self::three_bits(),
             "4bit" => Self::four_bits(),
             _ => {
-                return Err(Error::UnknownPreset {
-                    preset: name.into(),
-                    meant: meant(name),
+                return Err(Error::UnknownOption {
+                    option: name.into(),
+                    hint: hint::of_preset(name),
                 })
             }
         };
@@ -322,7 +317,7 @@ impl OttConfig {
             _ => {
                 return Err(Error::UnknownOption {
                     option: name.into(),
-                    meant: "".into(),
+                    hint: hint::of_name(name),
                 })
             }
         }
@@ -342,40 +337,8 @@ impl OttConfig {
 const BITS: &str = "2, 3, 4 or 8";
 const BOOST: &str = "0 to 32, and 0 with k_bits=8";
 
-const NAMES: [&str; 12] = [
-    "bits",
-    "k_bits",
-    "v_bits",
-    "group",
-    "residual",
-    "outliers",
-    "extra",
-    "exempt_layers",
-    "clip",
-    "rotate",
-    "weigh",
-    "boost",
-];
-
 fn is_bits(bits: u8) -> bool {
     matches!(bits, 2 | 3 | 4 | 8)
-}
-
-/// What somebody meant who typed `name` where a preset stands: `2bit`, `8bits`, `8`, `bits4`, `4BIT`.
-fn meant(name: &str) -> Box<str> {
-    let lower = name.to_ascii_lowercase();
-    let digits: String = lower.chars().filter(char::is_ascii_digit).collect();
-    let rest: String = lower.chars().filter(|c| c.is_ascii_alphabetic()).collect();
-    let is_preset = |name: &str| !name.is_empty() && OttConfig::PRESETS.contains(&name);
-    match (rest.as_str(), digits.as_str()) {
-        _ if is_preset(&lower) => format!("ott:{lower}"),
-        ("" | "bit" | "bits" | "b" | "q" | "int", "2") => "ott".to_string(),
-        ("" | "bit" | "bits" | "b" | "q" | "int", "3" | "4") => format!("ott:{digits}bit"),
-        ("" | "bit" | "bits" | "b" | "q" | "int", "8") => "ott:bits=8".to_string(),
-        _ if NAMES.contains(&lower.as_str()) => format!("ott:{lower}=..."),
-        _ => String::new(),
-    }
-    .into()
 }
 
 fn number<T: FromStr>(name: &str, value: &str, takes: &'static str) -> Result<T> {
@@ -599,7 +562,7 @@ mod tests {
         for preset in OttConfig::PRESETS {
             assert!(OttConfig::parse(preset).is_ok(), "{preset}");
         }
-        for name in NAMES {
+        for name in hint::NAMES {
             let said = parsed(&format!("{name}=?"));
             assert!(
                 said.starts_with(&format!("`{name}=?`: {name} takes ")),

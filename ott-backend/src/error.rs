@@ -17,15 +17,8 @@ pub enum Error {
     UnknownOption {
         /// As typed.
         option: Box<str>,
-        /// Its right name; empty if that cannot be told.
-        meant: Box<str>,
-    },
-    /// A first item that is no preset.
-    UnknownPreset {
-        /// As typed.
-        preset: Box<str>,
-        /// What to type instead; empty if that cannot be told.
-        meant: Box<str>,
+        /// A clause that tells what was meant, if anything is near.
+        hint: Box<str>,
     },
     /// An exemption that leaves no layer to trace.
     NothingTraced {
@@ -223,31 +216,13 @@ pub enum Error {
     },
 }
 
-/// What was meant, as the end of a clause.
-fn hint(meant: &str) -> String {
-    match meant {
-        "" => String::new(),
-        _ => format!(": did you mean `{meant}`?"),
-    }
-}
-
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::UnknownOption { option, meant } => {
-                let hint = hint(meant);
-                write!(
-                    f,
-                    "the ott cache has no option `{option}`{hint} ({VALID_OPTIONS})"
-                )
-            }
-            Self::UnknownPreset { preset, meant } => {
-                let hint = hint(meant);
-                write!(
-                    f,
-                    "the ott cache has no option `{preset}`{hint} ({VALID_OPTIONS})"
-                )
-            }
+            Self::UnknownOption { option, hint } => write!(
+                f,
+                "the ott cache has no option `{option}`{hint} ({VALID_OPTIONS})"
+            ),
             Self::NothingTraced { exempt, layers } => write!(
                 f,
                 "`exempt_layers={exempt}` leaves none of the model's {layers} layers to trace: set it below {layers}, \
