@@ -13,9 +13,9 @@ use crate::series::{self, PRISTINE};
 
 /// Lines added to files that upstream has. New files are free: a call site is what hurts at the next update.
 /// The last 48 of them count hits, evictions and preemptions where the host knows them, and keep the error of one
-/// sequence from the others of its batch; 140 more refuse settings and sizes, say which cache is in use, size a pool on
+/// sequence from the others of its batch; 152 more refuse settings and sizes, say which cache is in use, size a pool on
 /// one of several GPUs and rotate rows by their own length.
-const ADDED_BUDGET: usize = 870;
+const ADDED_BUDGET: usize = 882;
 /// Files of upstream's that are changed.
 const FILES_BUDGET: usize = 50;
 /// The one place in the host that may say our name: where the command line registers our backend.

@@ -24,7 +24,7 @@ struct Tried {
 }
 
 /// A model folder of a configuration without weights, so that what is taken ends where weights are read.
-fn folder() -> Result<PathBuf> {
+pub fn folder() -> Result<PathBuf> {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("options");
     std::fs::create_dir_all(&folder)?;
     std::fs::write(folder.join("config.json"), LLAMA)?;
