@@ -23,8 +23,16 @@ const HOST_PACKAGES: [&str; 6] = [
 ];
 const HOST_BUILD: [&str; 3] = ["build", "--release", "--bins"];
 const HOST_TEST: [&str; 4] = ["test", "--release", "--test", "it"];
-/// Upstream's own tests of the crate that the patches change most.
-const UPSTREAM_TEST: [&str; 5] = ["test", "--release", "--lib", "--package", "mistralrs-core"];
+/// Upstream's own tests of the crate that the patches change most, and those of the command line.
+const UPSTREAM_TEST: [&str; 7] = [
+    "test",
+    "--release",
+    "--lib",
+    "--bin",
+    "mistralrs",
+    "--package",
+    "mistralrs-core",
+];
 /// All but the three that ask a model hub.
 const OFFLINE: [&str; 7] = [
     "--",

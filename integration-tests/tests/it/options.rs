@@ -86,7 +86,7 @@ fn flags(args: &[&str]) -> Result<String> {
     let mut command = Command::new(program("mistralrs")?);
     command.args(["--token-source", "none", "serve"]);
     // What stands before a model type is all that is tried there.
-    if !args.contains(&"auto") {
+    if !args.ends_with(&["auto", "-m", "x"]) {
         command.args(["--cpu", "-m"]).arg(folder()?);
     }
     said(command.args(args))
