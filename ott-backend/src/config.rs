@@ -1,5 +1,7 @@
 //! What is kept, at how many bits: parsed from the text after `ott:` and valid ever after.
 
+mod hint;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -75,6 +77,9 @@ impl Default for OttConfig {
 }
 
 impl OttConfig {
+    /// What may come first in [`OttConfig::parse`]: none for the default, or a name.
+    pub const PRESETS: [&'static str; 5] = ["", "3bit", "4bit", "paper", "kivi"];
+
     const fn two_bits() -> Self {
         Self {
             clip: Clip::Both,
@@ -201,9 +206,8 @@ impl OttConfig {
                 takes,
             }),
         };
-        let bits = |b| matches!(b, 2 | 3 | 4 | 8);
-        check(bits(self.k_bits), "k_bits", self.k_bits.into(), BITS)?;
-        check(bits(self.v_bits), "v_bits", self.v_bits.into(), BITS)?;
+        check(is_bits(self.k_bits), "k_bits", self.k_bits.into(), BITS)?;
+        check(is_bits(self.v_bits), "v_bits", self.v_bits.into(), BITS)?;
         let group = matches!(self.group_size, 32 | 64 | 128);
         check(group, "group", self.group_size, "32, 64 or 128")?;
         let residual = self.residual.is_multiple_of(32);
@@ -219,6 +223,22 @@ impl OttConfig {
             });
         }
         Ok(())
+    }
+
+    /// Refuse an exemption that leaves none of a model's layers to trace. The paper's own is taken by any
+    /// model, also by one that has no more layers than that.
+    ///
+    /// # Errors
+    /// Naming the option and the model's layers.
+    pub fn check_layers(&self, layers: usize) -> Result<()> {
+        let asked = self.exempt_layers;
+        match self.outliers > 0 && asked >= layers && asked > Self::paper().exempt_layers {
+            true => Err(Error::NothingTraced {
+                exempt: asked,
+                layers,
+            }),
+            false => Ok(()),
+        }
     }
 
     /// Members of the outlier pool in `layer`.
@@ -243,6 +263,7 @@ impl OttConfig {
             _ => {
                 return Err(Error::UnknownOption {
                     option: name.into(),
+                    hint: hint::of_preset(name),
                 })
             }
         };
@@ -258,6 +279,9 @@ impl OttConfig {
         match name {
             "bits" => {
                 self.k_bits = number(name, value, BITS)?;
+                if !is_bits(self.k_bits) {
+                    return Err(bad(name, value, BITS));
+                }
                 self.v_bits = self.k_bits;
             }
             "k_bits" => self.k_bits = number(name, value, BITS)?,
@@ -293,6 +317,7 @@ impl OttConfig {
             _ => {
                 return Err(Error::UnknownOption {
                     option: name.into(),
+                    hint: hint::of_name(name),
                 })
             }
         }
@@ -311,6 +336,10 @@ impl OttConfig {
 
 const BITS: &str = "2, 3, 4 or 8";
 const BOOST: &str = "0 to 32, and 0 with k_bits=8";
+
+fn is_bits(bits: u8) -> bool {
+    matches!(bits, 2 | 3 | 4 | 8)
+}
 
 fn number<T: FromStr>(name: &str, value: &str, takes: &'static str) -> Result<T> {
     value.parse().map_err(|_| bad(name, value, takes))
@@ -435,6 +464,15 @@ mod tests {
         let table: Vec<String> = [
             "bit=2",
             "best",
+            "2bit",
+            "8bit",
+            "8bits",
+            "4",
+            "4BIT",
+            "Paper",
+            "bits",
+            "K-bits=4",
+            "bits=1",
             "bits=4,paper",
             "group=64,group=32",
             "bits=5",
@@ -466,9 +504,18 @@ mod tests {
         insta::assert_snapshot!(table.join("\n"), @r#"
         bit=2                -> the ott cache has no option `bit`
         best                 -> the ott cache has no option `best`
+        2bit                 -> the ott cache has no option `2bit`: did you mean `ott`?
+        8bit                 -> the ott cache has no option `8bit`: did you mean `ott:bits=8`?
+        8bits                -> the ott cache has no option `8bits`: did you mean `ott:bits=8`?
+        4                    -> the ott cache has no option `4`: did you mean `ott:4bit`?
+        4BIT                 -> the ott cache has no option `4BIT`: did you mean `ott:4bit`?
+        Paper                -> the ott cache has no option `Paper`: did you mean `ott:paper`?
+        bits                 -> the ott cache has no option `bits`: did you mean `ott:bits=...`?
+        K-bits=4             -> the ott cache has no option `K-bits`: did you mean `k_bits`?
+        bits=1               -> `bits=1`: bits takes 2, 3, 4 or 8
         bits=4,paper         -> the preset `paper` must come first
         group=64,group=32    -> the option `group` is given twice
-        bits=5               -> `k_bits=5`: k_bits takes 2, 3, 4 or 8
+        bits=5               -> `bits=5`: bits takes 2, 3, 4 or 8
         bits=two             -> `bits=two`: bits takes 2, 3, 4 or 8
         group=96             -> `group=96`: group takes 32, 64 or 128
         residual=40          -> `residual=40`: residual takes a multiple of 32
@@ -486,5 +533,42 @@ mod tests {
         paper,               -> the ott cache has no option ``
         "#);
         insta::assert_snapshot!(valid.trim(), @"(valid: a preset first (paper, kivi, 3bit, 4bit), then any of bits, k_bits, v_bits (2, 3, 4 or 8), group (32, 64 or 128), residual (0, 32, .. up to group), outliers (0 to 16), extra (0 to 254), exempt_layers (0 or more), clip (none, k or kv), rotate (none or v), weigh (none or q), boost (0 to 32, not with 8-bit keys), each once, as name=value, separated by commas)");
+    }
+
+    #[test]
+    fn an_exemption_leaves_a_layer_to_trace() {
+        let check = |options: &str, layers| {
+            let config = OttConfig::parse(options).expect("valid");
+            config.check_layers(layers).map_err(|e| e.to_string())
+        };
+        assert_eq!(check("", 30), Ok(()));
+        assert_eq!(
+            check("", 2),
+            Ok(()),
+            "the default, for a model of two layers"
+        );
+        assert_eq!(check("exempt_layers=29", 30), Ok(()));
+        assert_eq!(check("kivi", 30), Ok(()));
+        let said = check("exempt_layers=999", 30).expect_err("nothing is traced");
+        assert!(
+            said.starts_with("`exempt_layers=999` leaves none of the model's 30 layers"),
+            "{said}"
+        );
+        assert!(check("exempt_layers=30", 30).is_err());
+    }
+
+    #[test]
+    fn every_preset_is_read_and_every_name_is_known() {
+        for preset in OttConfig::PRESETS {
+            assert!(OttConfig::parse(preset).is_ok(), "{preset}");
+        }
+        for name in hint::NAMES {
+            let said = parsed(&format!("{name}=?"));
+            assert!(
+                said.starts_with(&format!("`{name}=?`: {name} takes ")),
+                "{said}"
+            );
+            assert!(crate::error::VALID_OPTIONS.contains(name), "{name}");
+        }
     }
 }

@@ -19,6 +19,15 @@ pub enum Error {
     UnknownOption {
         /// As typed.
         option: Box<str>,
+        /// A clause that tells what was meant, if anything is near.
+        hint: Box<str>,
+    },
+    /// An exemption that leaves no layer to trace.
+    NothingTraced {
+        /// First layers that do not trace.
+        exempt: usize,
+        /// Layers of the model.
+        layers: usize,
     },
     /// A preset that is not the first item.
     MisplacedPreset {
@@ -158,12 +167,15 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::UnknownOption { option } => {
-                write!(
-                    f,
-                    "the ott cache has no option `{option}` ({VALID_OPTIONS})"
-                )
-            }
+            Self::UnknownOption { option, hint } => write!(
+                f,
+                "the ott cache has no option `{option}`{hint} ({VALID_OPTIONS})"
+            ),
+            Self::NothingTraced { exempt, layers } => write!(
+                f,
+                "`exempt_layers={exempt}` leaves none of the model's {layers} layers to trace: set it below {layers}, \
+                 or switch tracing off with `outliers=0`"
+            ),
             Self::MisplacedPreset { preset } => {
                 write!(f, "the preset `{preset}` must come first ({VALID_OPTIONS})")
             }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{bail, Context, Result};
 
+use crate::git::Git;
 use crate::project::Project;
 use crate::registry::cargo;
 
@@ -22,8 +23,16 @@ const HOST_PACKAGES: [&str; 6] = [
 ];
 const HOST_BUILD: [&str; 3] = ["build", "--release", "--bins"];
 const HOST_TEST: [&str; 4] = ["test", "--release", "--test", "it"];
-/// Upstream's own tests of the crate that the patches change most.
-const UPSTREAM_TEST: [&str; 5] = ["test", "--release", "--lib", "--package", "mistralrs-core"];
+/// Upstream's own tests of the crate that the patches change most, and those of the command line.
+const UPSTREAM_TEST: [&str; 7] = [
+    "test",
+    "--release",
+    "--lib",
+    "--bin",
+    "mistralrs",
+    "--package",
+    "mistralrs-core",
+];
 /// All but the three that ask a model hub.
 const OFFLINE: [&str; 7] = [
     "--",
@@ -89,6 +98,10 @@ pub fn cargo_upstream_test(project: &Project) -> Result<Command> {
 fn cargo_host(project: &Project, args: &[&str]) -> Result<Command> {
     let mut cargo = command(&project.root.join("integration-tests"), args)?;
     cargo.env("CARGO_TARGET_DIR", host_target()?);
+    // What `mistralrs --version` says; builds and tests are told the same, so that nothing is built twice.
+    if let Ok(revision) = Git::at(&project.root).line(&["rev-parse", "--short", "HEAD"]) {
+        cargo.env("MISTRALRS_REVISION", revision);
+    }
     Ok(cargo)
 }
 

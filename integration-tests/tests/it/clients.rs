@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use anyhow::{ensure, Result};
 use integration_tests::bed::at_rest;
-use integration_tests::model::smollm2;
+use integration_tests::model::{folder, smollm2};
 use integration_tests::server::Server;
 
 use crate::alone;
@@ -42,22 +42,74 @@ fn run(command: &mut Command) -> Result<Output> {
     Ok(output)
 }
 
-#[test]
-fn the_openai_client_for_python() -> Result<()> {
+/// Client libraries that people use, in an environment of their own beside the models: made once for each list of
+/// versions, and in seconds where pip has them.
+const LIBRARIES: &str = include_str!("../clients/requirements.txt");
+
+fn libraries() -> Option<PathBuf> {
+    let place = folder().ok()?.with_file_name("clients");
+    let (python, made) = (place.join("bin/python"), place.join("made.txt"));
+    if std::fs::read_to_string(&made).is_ok_and(|list| list == LIBRARIES) {
+        return Some(python);
+    }
+    let list = scripts().join("requirements.txt");
+    let venv = ["-m", "venv", "--clear"];
+    let install = ["-m", "pip", "install", "--quiet", "--requirement"];
+    let done = run(Command::new("python3").args(venv).arg(&place))
+        .and_then(|_| run(Command::new(&python).args(install).arg(list)));
+    if let Err(error) = done {
+        eprintln!("{error:#}");
+        return None;
+    }
+    std::fs::write(made, LIBRARIES).ok()?;
+    Some(python)
+}
+
+fn scripts() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients")
+}
+
+/// Run scripts with a library each against one server; whatever they did, the cache is at rest after it.
+fn ask_with(scripts_of: &[&str]) -> Result<()> {
     let _alone = alone();
-    let Some(python) = python("openai", ">=1.50,<3") else {
+    let Some(python) = libraries() else {
         eprintln!(
-            "SKIPPED: the OpenAI client for Python cannot be installed here, so it was not tried"
+            "SKIPPED: client libraries cannot be installed here: {scripts_of:?} were not tried"
         );
         return Ok(());
     };
-    let server = Server::start(&smollm2()?, &OPTIONS)?;
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/chat.py");
+    // Without hits, an answer asked again is the same answer.
+    let server = Server::start(
+        &smollm2()?,
+        &[&OPTIONS[..], &["--prefix-cache-n", "0"]].concat(),
+    )?;
     let url = format!("http://127.0.0.1:{}/v1", server.port());
-    let output = run(Command::new(python).arg(script).arg(url))?;
-    println!("{}", String::from_utf8_lossy(&output.stdout));
+    for script in scripts_of {
+        let output = run(Command::new(&python).arg(scripts().join(script)).arg(&url))?;
+        println!("{}", String::from_utf8_lossy(&output.stdout));
+    }
     at_rest(&server)?;
     Ok(())
+}
+
+#[test]
+fn the_openai_client_for_python() -> Result<()> {
+    ask_with(&["chat.py", "with_openai.py"])
+}
+
+#[test]
+fn langchain_litellm_and_llama_index() -> Result<()> {
+    ask_with(&[
+        "with_langchain.py",
+        "with_litellm.py",
+        "with_llama_index.py",
+    ])
+}
+
+/// An answer that a schema describes, as an object.
+#[test]
+fn typed_answers() -> Result<()> {
+    ask_with(&["with_parse.py", "with_instructor.py"])
 }
 
 /// A chat of two questions in the built-in page, and a picture of it in the target folder.

@@ -7,6 +7,7 @@ mod clients;
 mod faults;
 mod hostile;
 mod isolation;
+mod options;
 mod quality;
 mod refusals;
 mod refusals_api;

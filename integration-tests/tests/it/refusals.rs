@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Result;
-use integration_tests::server::program;
+use integration_tests::model::smollm2;
+use integration_tests::server::{gguf_args, program};
 
 /// What `mistralrs serve` says of a model folder that holds a configuration and no weights.
 fn refusal(name: &str, config: &str, args: &[&str]) -> Result<String> {
@@ -143,15 +144,79 @@ fn what_can_be_served_is_not_refused() -> Result<()> {
     Ok(())
 }
 
+/// A pool that no machine can hold is refused with a sentence of its own, before the weights are read.
+#[test]
+fn pools_that_no_machine_holds() -> Result<()> {
+    let model = smollm2()?;
+    for (args, words) in [
+        (
+            &["--pa-memory-mb", "100000000"][..],
+            "a KV cache of 100000000 MiB was asked for (`--pa-memory-mb`), and the device has ",
+        ),
+        (
+            &["--pa-context-len", "100000000"],
+            " MiB for 100000128 tokens (`--pa-context-len`) of 32 running sequences (`--max-seqs`), and the device has ",
+        ),
+        (
+            &["--max-seqs", "100000", "--pa-context-len", "512"],
+            " MiB for 100000 running sequences (`--max-seqs`), and the device has ",
+        ),
+        (
+            &["--pa-memory-fraction", "1.5"],
+            "1.5 is no share of a device's memory",
+        ),
+        // Numbers whose sums do not fit a number.
+        (&["--pa-memory-mb", "18446744073709551615"], "the device has "),
+        (&["--pa-context-len", "18446744073709551615"], "the device has "),
+        (&["--max-seqs", "1000000000000000000"], "the device has "),
+    ] {
+        let said = said(
+            Command::new(program("mistralrs-server")?)
+                .args(["--token-source", "none", "--host", "127.0.0.1", "--kv-cache", "ott"])
+                .args(gguf_args(&model))
+                .args(args),
+        )?;
+        assert!(said.contains(words), "{args:?}: {said}");
+        assert!(!said.contains("panicked"), "{args:?}: {said}");
+    }
+    Ok(())
+}
+
 #[test]
 fn help_names_the_option() -> Result<()> {
     let help = Command::new(program("mistralrs-server")?)
         .arg("--help")
         .output()?;
     let help = String::from_utf8(help.stdout)?;
-    assert!(
-        help.contains("--kv-cache <SPEC>") && help.contains("registered: ott"),
-        "{help}"
-    );
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    for words in [
+        "--kv-cache <SPEC>",
+        "registered: ott; presets: ott, ott:3bit, ott:4bit, ott:paper, ott:kivi]",
+        "on a CPU (with --kv-cache), to what the model can use, 32768 tokens at most",
+        "with --kv-cache on a CPU, of RAM",
+    ] {
+        assert!(help.contains(words), "{words}: {help}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_version_names_backend_and_revision() -> Result<()> {
+    let version = |name: &str, flag: &str| -> Result<String> {
+        let output = Command::new(program(name)?).arg(flag).output()?;
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    };
+    let version_of = version("mistralrs", "--version")?;
+    let ours = concat!("mistralrs 0.8.1 (ott ", "0.1.0");
+    assert!(version_of.starts_with(ours), "{version_of}");
+    // `cargo verify` names one to the build and to this test.
+    if let Ok(revision) = std::env::var("MISTRALRS_REVISION") {
+        let words = format!("revision {revision})");
+        assert!(version_of.ends_with(&words), "{version_of}");
+    }
+    assert_eq!(version("mistralrs-server", "--version")?, version_of);
+    assert_eq!(version("mistralrs-server", "-V")?, version_of);
+    let twice = said(Command::new(program("mistralrs-server")?).args(["serve", "-m", "x"]))?;
+    assert!(twice.contains("leave `serve` out"), "{twice}");
     Ok(())
 }

@@ -1,9 +1,13 @@
 //! What the server tells of its caches: `GET /v1/kv_cache` and `GET /metrics`.
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 use integration_tests::bed::{at_rest, gauge};
 use integration_tests::model::smollm2;
-use integration_tests::server::Server;
+use integration_tests::server::{free_port, gguf_args, program, Server};
 use serde_json::{json, Value};
 
 use crate::alone;
@@ -111,5 +115,96 @@ fn an_unloaded_model_has_no_cache() -> Result<()> {
     assert_eq!(server.get_any("/v1/kv_cache")?.0, 404);
     server.post("/v1/models/reload", &json!({"model_id": &id}))?;
     assert_eq!(at_rest(&server)?["blocks"], 8);
+    Ok(())
+}
+
+/// A backend that waits for its device to tell what it holds makes nobody else wait, even with one worker.
+#[test]
+fn telling_holds_no_worker_of_the_server() -> Result<()> {
+    let _alone = alone();
+    let port = free_port()?;
+    let mut command = Command::new(program("serve-toys")?);
+    command
+        .env("TOKIO_WORKER_THREADS", "1")
+        .args(["-p", &port.to_string(), "--model"])
+        .arg(smollm2()?)
+        .args(["--kv-cache", "toy-faulty:fail_times=0,stats_ms=4000"]);
+    let server = Server::run(command, port)?;
+    server.get_any("/health")?;
+    for path in ["/metrics", "/v1/kv_cache"] {
+        let asked = Instant::now();
+        std::thread::scope(|scope| -> Result<()> {
+            let told = scope.spawn(|| server.get_any(path));
+            std::thread::sleep(Duration::from_millis(500));
+            let (status, _) = server.get_any("/health")?;
+            let waited = asked.elapsed();
+            assert_eq!(status, 200);
+            assert!(waited < Duration::from_secs(3), "{path}: {waited:?}");
+            let (status, _) = told.join().expect("no client panics")?;
+            assert_eq!(status, 200);
+            assert!(
+                asked.elapsed() >= Duration::from_secs(4),
+                "it was slow to tell"
+            );
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The start of a server says where keys and values are, also where no backend was asked for.
+#[test]
+fn the_log_says_which_cache_is_in_use() -> Result<()> {
+    let _alone = alone();
+    let backend = ["--kv-cache", "ott:4bit", "--pa-context-len", "256"];
+    for (options, words) in [
+        (&backend[..], "the backend `ott:4bit`."),
+        (
+            &[],
+            "the model's own, unpaged; no backend (`--kv-cache`) is in use.",
+        ),
+        (&["--no-kv-cache"], "none (`--no-kv-cache`)"),
+    ] {
+        let mut server = Command::new(program("mistralrs")?)
+            .args(["--token-source", "none", "serve", "--host", "127.0.0.1"])
+            .args(["-p", &free_port()?.to_string()])
+            .args(gguf_args(&smollm2()?))
+            .args(options)
+            .env("RUST_LOG", "info")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let log = BufReader::new(server.stdout.take().context("it is piped")?);
+        let said = log
+            .lines()
+            .map_while(Result::ok)
+            .find(|line| line.contains("KV cache of `") || line.contains("listening"));
+        server.kill()?;
+        server.wait()?;
+        let said = said.context("the server starts")?;
+        assert!(said.contains(words), "{options:?}: {said}");
+    }
+    Ok(())
+}
+
+/// A share of memory that was asked for is the pool's size, also in RAM.
+#[test]
+fn a_share_of_memory_sizes_the_pool() -> Result<()> {
+    let _alone = alone();
+    let blocks = |options: &[&str]| -> Result<(u64, u64)> {
+        let options = [&["--kv-cache", "ott"], options].concat();
+        let report = at_rest(&Server::start(&smollm2()?, &options)?)?;
+        let number = |name: &str| report[name].as_u64().context("a number");
+        Ok((number("blocks")?, number("bytes_granted")?))
+    };
+    // By default as much as the model can use: 8192 tokens.
+    assert_eq!(blocks(&[])?.0, 64);
+    let (more, bytes) = blocks(&["--pa-memory-fraction", "0.9"])?;
+    assert!(more > 1000, "{more} blocks for nine tenths of the memory");
+    let memory = std::fs::read_to_string("/proc/meminfo")?;
+    let total = memory.split_whitespace().nth(1).context("a number")?;
+    let total = total.parse::<u64>()? * 1024;
+    assert!(bytes * 10 <= total * 9, "{bytes} of {total}");
     Ok(())
 }

@@ -116,3 +116,41 @@ fn a_model_with_the_cache_beside_one_without() -> Result<()> {
         Ok(())
     })
 }
+
+/// What `tune` writes is what it was asked for, and `from-config` reads it.
+#[test]
+fn a_tuned_configuration_keeps_the_cache() -> Result<()> {
+    let folder = crate::options::folder()?;
+    let path = folder.join("tuned.toml");
+    for (size, key) in [
+        (["--pa-context-len", "1024"], "context_len = 1024"),
+        (["--pa-memory-fraction", "1"], "memory_fraction = 1.0"),
+    ] {
+        let tuned = Command::new(program("mistralrs")?)
+            .args(["--token-source", "none", "tune", "--cpu", "-m"])
+            .arg(&folder)
+            .args(["--kv-cache", "ott:4bit"])
+            .args(size)
+            .arg("--emit-config")
+            .arg(&path)
+            .output()?;
+        let text = std::fs::read_to_string(&path)?;
+        assert!(tuned.status.success(), "{tuned:?}");
+        let table = format!("[paged_attn]\nkv_cache = \"ott:4bit\"\n{key}\n");
+        assert!(text.contains(&table), "{text}");
+        // It is not about where models come from.
+        let text = text.replacen(
+            "[server]",
+            "[global]\ntoken_source = \"none\"\n\n[server]",
+            1,
+        );
+        std::fs::write(&path, text)?;
+        let read = Command::new(program("mistralrs")?)
+            .args(["from-config", "--file"])
+            .arg(&path)
+            .output()?;
+        let said = String::from_utf8_lossy(&read.stderr);
+        assert!(!said.contains("Failed to parse"), "{said}");
+    }
+    Ok(())
+}

@@ -4,7 +4,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use candle_core::{DType, Device};
 use half::{bf16, f16};
-use mistralrs_kv_backend::{KvBackendProvider, KvCacheBackend, KvMemory, KvModelSource, KvShape};
+use mistralrs_kv_backend::{
+    KvAbout, KvBackendProvider, KvCacheBackend, KvMemory, KvModelSource, KvShape,
+};
 
 #[cfg(feature = "cuda")]
 use super::cuda;
@@ -112,6 +114,13 @@ impl KvBackendProvider for OttProvider {
         "ott"
     }
 
+    fn about(&self) -> KvAbout {
+        KvAbout {
+            version: env!("CARGO_PKG_VERSION"),
+            presets: &OttConfig::PRESETS,
+        }
+    }
+
     fn check_options(&self, options: &str) -> anyhow::Result<()> {
         OttConfig::parse(options)?;
         CpuOps::best()?;
@@ -120,6 +129,9 @@ impl KvBackendProvider for OttProvider {
 
     fn check_model(&self, source: &KvModelSource<'_>, options: &str) -> anyhow::Result<()> {
         let config = OttConfig::parse(options)?;
+        if let Some(layers) = source.num_layers() {
+            config.check_layers(layers)?;
+        }
         if let Some((k_dim, v_dim)) = source.head_dims() {
             PageLayout::new(&config, 0, 1, k_dim, v_dim)
                 .map_err(|error| anyhow::anyhow!("the model `{}`: {error}", source.name))?;

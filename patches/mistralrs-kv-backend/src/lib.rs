@@ -32,7 +32,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 pub use metrics::{metrics, METRICS_TYPE};
 pub use model::KvModelSource;
-pub use registry::{register, registered};
+pub use registry::{presets, register, registered, versions, KvAbout};
 pub use servable::{check_servable, KvRefusal};
 pub use spec::KvBackendSpec;
 pub use stats::{KvGauge, KvMeter, KvPool, KvReport, KvStats};
@@ -82,6 +82,11 @@ pub struct KvMemory {
 pub trait KvBackendProvider: Send + Sync {
     /// What the user types before the colon: lower case, no spaces.
     fn name(&self) -> &'static str;
+
+    /// What people are told of it.
+    fn about(&self) -> KvAbout {
+        KvAbout::default()
+    }
 
     /// Check the text after the colon. Errors list the valid options.
     fn check_options(&self, options: &str) -> anyhow::Result<()>;

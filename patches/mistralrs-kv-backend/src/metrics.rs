@@ -4,10 +4,11 @@ use std::fmt;
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::info::Info;
+use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use crate::KvReport;
@@ -17,6 +18,7 @@ pub const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 
 type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
+type NamedGauges = Vec<(&'static str, &'static str, Gauges)>;
 type Count = (&'static str, &'static str, fn(&KvReport) -> usize);
 
 /// What goes up and down.
@@ -78,13 +80,12 @@ const COUNTERS: [Count; 7] = [
 pub fn metrics(models: &[(String, KvReport)]) -> Result<String, fmt::Error> {
     let mut registry = Registry::with_prefix("kv_cache");
     let label = |model: &String| vec![("model", model.clone())];
+    let mut families = Vec::new();
     for (name, help, value) in GAUGES {
-        let family = Gauges::default();
         for (model, report) in models {
-            let gauge = family.get_or_create(&label(model));
+            let gauge = family(&mut families, name, help).get_or_create(&label(model));
             gauge.set(value(report) as f64);
         }
-        registry.register(name, help, family);
     }
     for (name, help, value) in COUNTERS {
         let family = Family::<Labels, Counter>::default();
@@ -94,48 +95,76 @@ pub fn metrics(models: &[(String, KvReport)]) -> Result<String, fmt::Error> {
         }
         registry.register(name, help, family);
     }
-    of_backends(&mut registry, models);
+    registry.register("setting", "The effective options", Settings::of(models));
+    of_backends(&mut families, models);
+    for (name, help, family) in families {
+        registry.register(name, help, family);
+    }
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(text)
 }
 
+/// The settings of all models: one family, as [`Info`](prometheus_client::metrics::info::Info) is of one model.
+#[derive(Debug)]
+struct Settings(Vec<Labels>);
+
+impl Settings {
+    fn of(models: &[(String, KvReport)]) -> Self {
+        let labels = |(model, report): &(String, KvReport)| {
+            vec![
+                ("model", model.clone()),
+                ("spec", report.spec.clone()),
+                ("setting", report.stats.setting.clone()),
+            ]
+        };
+        Self(models.iter().map(labels).collect())
+    }
+}
+
+impl EncodeMetric for Settings {
+    fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|one| encoder.encode_info(one))
+    }
+
+    fn metric_type(&self) -> MetricType {
+        MetricType::Info
+    }
+}
+
 /// What backends tell of themselves, each in its own words.
-fn of_backends(registry: &mut Registry, models: &[(String, KvReport)]) {
+fn of_backends(families: &mut NamedGauges, models: &[(String, KvReport)]) {
+    let bits = "Stored bits per number of a full block";
+    let tokens = "Tokens stored, also of ended sequences";
     for (model, report) in models {
         let stats = &report.stats;
-        let one = registry.sub_registry_with_label(("model".into(), model.clone().into()));
-        let setting = vec![
-            ("spec", report.spec.clone()),
-            ("setting", stats.setting.clone()),
-        ];
-        one.register("setting", "The effective options", Info::new(setting));
-        let numbers = [
-            (
-                "bits_per_number",
-                "Stored bits per number of a full block",
-                stats.bits_per_number,
-            ),
-            (
-                "tokens",
-                "Tokens stored, also of ended sequences",
-                stats.tokens.map(|n| n as f64),
-            ),
-        ];
-        for (name, help, value) in numbers {
-            if let Some(value) = value {
-                let gauge = Gauge::<f64, AtomicU64>::default();
-                gauge.set(value);
-                one.register(name, help, gauge);
-            }
+        let mut set = |name, help, layer: Option<usize>, value| {
+            let mut labels = vec![("model", model.clone())];
+            labels.extend(layer.map(|layer| ("layer", layer.to_string())));
+            let family = family(families, name, help);
+            family.get_or_create(&labels).set(value);
+        };
+        if let Some(value) = stats.bits_per_number {
+            set("bits_per_number", bits, None, value);
+        }
+        if let Some(value) = stats.tokens {
+            set("tokens", tokens, None, value as f64);
         }
         for gauge in &stats.gauges {
-            let family = Gauges::default();
             for (layer, value) in gauge.by_layer.iter().enumerate() {
-                let layer = vec![("layer", layer.to_string())];
-                family.get_or_create(&layer).set(*value);
+                set(gauge.name, gauge.help, Some(layer), *value);
             }
-            one.register(gauge.name, gauge.help, family);
         }
     }
+}
+
+/// The family of a name: OpenMetrics allows one description of it, whatever the number of models, and wants
+/// all of its samples together.
+fn family<'f>(families: &'f mut NamedGauges, name: &'static str, help: &'static str) -> &'f Gauges {
+    let known = families.iter().position(|f| f.0 == name);
+    let at = known.unwrap_or_else(|| {
+        families.push((name, help, Gauges::default()));
+        families.len() - 1
+    });
+    &families[at].2
 }

@@ -34,6 +34,35 @@ pub fn registered() -> Vec<&'static str> {
     names
 }
 
+/// What people are told of a backend, in help and by `--version`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvAbout {
+    /// Its version; empty if it has none.
+    pub version: &'static str,
+    /// Settings with a name, to be typed after the colon; an empty one is the backend's name alone.
+    pub presets: &'static [&'static str],
+}
+
+/// Names of all registered backends with their versions, sorted.
+pub fn versions() -> Vec<String> {
+    about(|name, about| vec![format!("{name} {}", about.version).trim_end().to_string()])
+}
+
+/// Specs with a name, of all registered backends.
+pub fn presets() -> Vec<String> {
+    about(|name, about| {
+        let spec = |preset: &&str| format!("{name}:{preset}").trim_end_matches(':').to_string();
+        about.presets.iter().map(spec).collect()
+    })
+}
+
+fn about(tell: impl Fn(&str, KvAbout) -> Vec<String>) -> Vec<String> {
+    let names = registered();
+    let all = names.iter().filter_map(|name| Some((name, find(name)?)));
+    all.flat_map(|(name, provider)| tell(name, provider.about()))
+        .collect()
+}
+
 pub(crate) fn find(name: &str) -> Option<Arc<dyn KvBackendProvider>> {
     let providers = PROVIDERS.read().unwrap_or_else(PoisonError::into_inner);
     providers.iter().find(|p| p.name() == name).cloned()

@@ -8,11 +8,13 @@
 //! | `fail_times=K` | so many steps fail, then all succeed again | 1 |
 //! | `fail_every=N` | and again after each N steps; 0: never again | 0 |
 //! | `fail_by=HOW` | with an `error`, or in a `panic` | `error` |
+//! | `stats_ms=T` | it takes so long to tell what is held, as of a device that is busy | 0 |
 //!
 //! Steps are counted over the life of the cache, whoever they belong to.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use candle_core::{bail, DType, Result, Tensor};
 
@@ -36,6 +38,7 @@ struct Fault {
     times: usize,
     every: usize,
     panic: bool,
+    stats_ms: u64,
 }
 
 impl Fault {
@@ -47,10 +50,15 @@ impl Fault {
             times: 1,
             every: 0,
             panic: false,
+            stats_ms: 0,
         };
         for option in options.split(',').filter(|o| !o.is_empty()) {
             if let Some(how @ ("error" | "panic")) = option.strip_prefix("fail_by=") {
                 fault.panic = how == "panic";
+                continue;
+            }
+            if let Some(Ok(ms)) = option.strip_prefix("stats_ms=").map(str::parse) {
+                fault.stats_ms = ms;
                 continue;
             }
             match option.split_once('=').map(|(key, n)| (key, n.parse())) {
@@ -61,7 +69,8 @@ impl Fault {
                 Some(("fail_every", Ok(n))) => fault.every = n,
                 _ => anyhow::bail!(
                     "toy-faulty does not know `{option}`; its options are `fail_layer=L`, \
-                     `fail_row=R`, `fail_after_steps=S`, `fail_times=K`, `fail_every=N` and `fail_by=error` or `panic`"
+                     `fail_row=R`, `fail_after_steps=S`, `fail_times=K`, `fail_every=N`, `fail_by=error` or `panic`, and \
+                     `stats_ms=T`"
                 ),
             }
         }
@@ -184,6 +193,7 @@ impl KvCacheBackend for FaultyCache {
     }
 
     fn stats(&self) -> KvStats {
+        std::thread::sleep(Duration::from_millis(self.fault.stats_ms));
         self.cache.stats()
     }
 }
