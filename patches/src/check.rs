@@ -16,9 +16,9 @@ use crate::series::{self, PRISTINE};
 /// the others of its batch. The last 265 mend what a new user meets in the first hour: how answers end and are streamed,
 /// and which prompts wait; 24 of them only moved. 154 refuse settings and sizes, say which cache is in use, size a pool on
 /// one of several GPUs and rotate rows by their own length. 20 end a step and tell whose fault it is.
-const ADDED_BUDGET: usize = 993;
+const ADDED_BUDGET: usize = 1166;
 /// Files of upstream's that are changed.
-const FILES_BUDGET: usize = 53;
+const FILES_BUDGET: usize = 56;
 /// The one place in the host that may say our name: where the command line registers our backend.
 const REGISTRATION: &str = "mistralrs-cli/src/";
 const REGISTRATION_LINES: usize = 3;

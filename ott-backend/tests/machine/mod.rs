@@ -349,17 +349,19 @@ impl Machine {
 
     /// A step breaks off after a layer: it never was, the host ends its sequences, and the others go on.
     fn fail(&mut self, prompt: bool, last: usize) {
+        // A GPU decodes one token of a sequence in a step.
+        let new = if prompt { 3 } else { 1 };
         if !prompt {
-            self.grow(3);
+            self.grow(new);
         }
-        let rows = self.rows(prompt, 3);
+        let rows = self.rows(prompt, new);
         if rows.is_empty() {
             return;
         }
         let view: Vec<_> = rows.iter().map(|(_, s, new)| (s, *new)).collect();
         if let Ok(step) = self.host.begin(prompt, &view) {
             for layer in 0..=last {
-                let [q, k, v] = self.painted(&view, layer, 3);
+                let [q, k, v] = self.painted(&view, layer, new);
                 match prompt {
                     true => step.append(layer, &q, &k, &v).unwrap(),
                     false => drop(
