@@ -392,10 +392,7 @@ fn no_request_reads_tokens_that_are_not_its_own() {
             println!("{point}, {times} at once: {seen:?}");
             assert_eq!(seen.wrong, 0, "{point}, {times} at once");
             assert!(seen.aborted > 0 && seen.faults > 0, "{seen:?}");
-            assert!(
-                times == 1 || seen.open > 0,
-                "{seen:?}"
-            );
+            assert!(times == 1 || seen.open > 0, "{seen:?}");
         }
     }
 }

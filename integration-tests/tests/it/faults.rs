@@ -46,7 +46,10 @@ fn a_row_with_a_fault_ends_alone() -> Result<()> {
             .filter_map(|answer| Some(answer.as_ref().err()?.to_string()))
             .collect();
         assert_eq!(errors.len(), 1, "{errors:?}");
-        assert!(errors[0].contains("a row of step 4 fails, as asked"), "{errors:?}");
+        assert!(
+            errors[0].contains("a row of step 4 fails, as asked"),
+            "{errors:?}"
+        );
         for (i, answer) in answers.into_iter().enumerate() {
             let Ok(answer) = answer else { continue };
             let alone = engine.complete(prompt(20, i as u32), 8).await?;

@@ -171,13 +171,13 @@ impl Kept {
                 num_heads,
             };
             let (keys, values) = (from(&k[..], k_dim), from(&v[..], v_dim));
-            let new = NewTokens {
+            let stored = NewTokens {
                 row: &rows[0],
                 q: Some(asked),
                 k: keys,
                 v: values,
             };
-            let faults = self.cache.append(0, &[new])?;
+            let faults = self.cache.append(0, &[stored])?;
             ensure!(faults.is_empty(), "{faults:?}");
             self.cache.end(|_| false);
             let mut queries = Vec::with_capacity(num_heads * step * k_dim);

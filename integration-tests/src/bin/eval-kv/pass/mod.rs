@@ -115,7 +115,9 @@ impl KvCacheBackend for PassCache {
 
     fn allocated(&self, _seq: usize, _blocks: &[usize]) {}
 
-    fn released(&self, _seq: usize, _blocks: &[usize]) {}
+    fn released(&self, _seq: usize, _blocks: &[usize]) -> Vec<usize> {
+        Vec::new()
+    }
 
     fn reset(&self) {}
 
@@ -167,7 +169,7 @@ impl KvStep for PassStep {
         bail!("`pass` attends itself")
     }
 
-    fn append(&self, _layer: usize, _k: &Tensor, _v: &Tensor) -> Result<()> {
+    fn append(&self, _layer: usize, _q: &Tensor, _k: &Tensor, _v: &Tensor) -> Result<()> {
         Ok(())
     }
 
