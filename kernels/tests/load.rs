@@ -265,7 +265,8 @@ impl Host {
                 table: &r.table,
             })
             .collect();
-        let (layers, group) = (&mut self.layers, self.group);
+        let seals = if self.rng.below(50) == 0 { 1 } else { LAYERS };
+        let (layers, group) = (&mut self.layers[..seals], self.group);
         let mut sealed = HashSet::new();
         let plans = self.blocks.begin(&rows, |wave| {
             for row in wave {
@@ -275,9 +276,18 @@ impl Host {
                 );
             }
             sealed_by(layers, wave, group);
-            Ok::<_, Refused>(())
+            // A device that fails has some layers' pages made.
+            match seals {
+                LAYERS => Ok(()),
+                _ => Err(Refused::Empty),
+            }
         });
-        let plans = plans.expect("blocks and chunks are there");
+        let Ok(plans) = plans else {
+            assert!(seals < LAYERS, "blocks and chunks are there: {plans:?}");
+            self.seen.aborted += 1;
+            part.into_iter().rev().for_each(|i| self.end(i));
+            return;
+        };
         let breaks = self.rng.below(100) == 0;
         let fault = (self.rng.below(150) == 0).then(|| self.rng.below(part.len()));
         for layer in &mut self.layers[..if breaks { 1 } else { LAYERS }] {

@@ -6,21 +6,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const FAULTS: [(&str, &str, &str); 5] = [
+const FAULTS: [(&str, &str, &str); 4] = [
     (
         "a block is given up while another row has it in its window",
         "if self.blocks[block].holders == 0 && !made.contains(&block) {",
         "if !made.contains(&block) {",
     ),
     (
-        "rows let go before all hold",
-        "            for &block in &plan.table[plan.pages..] {\n                self.blocks[block].holders += 1;\n            }\n        }\n        let written = plans.iter().map(|plan| self.move_window(plan)).collect();",
-        "        }\n        let written = plans.iter().map(|plan| { for &block in &plan.table[plan.pages..] { self.blocks[block].holders += 1; } self.move_window(plan) }).collect();",
-    ),
-    (
-        "what a step writes counts before it is written",
-        "self.step = Some(written);",
-        "self.step = Some(written); self.end(|_| false);",
+        "a page counts before all layers have it",
+        "            seal(&wave)?;\n            for made in wave {",
+        "            for made in &wave {\n                self.blocks[made.table[made.pages_before]].page = true;\n            }\n            seal(&wave)?;\n            for made in wave {",
     ),
     (
         "each row makes the pages that it needs",
@@ -28,9 +23,9 @@ const FAULTS: [(&str, &str, &str); 5] = [
         "if !self.is_page(block) {",
     ),
     (
-        "a row with a fault takes along what was stored before",
-        "let kept = block.len.div_ceil(CHUNK).min(block.chunks.len());",
-        "let kept = 0; block.len = 0;",
+        "a row with a fault empties blocks that can be hit",
+        "                self.undo(written);\n                continue;",
+        "                self.undo(written);\n                (0..self.blocks.len()).filter(|b| self.blocks[*b].holders > 0).collect::<Vec<_>>().into_iter().for_each(|b| self.clear(b));\n                continue;",
     ),
 ];
 
