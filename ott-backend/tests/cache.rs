@@ -385,3 +385,41 @@ fn clipped_keys_are_nearer() {
         assert!(clipped[h].iter().zip(&full[h]).all(|(a, b)| a.v == b.v));
     }
 }
+
+#[test]
+fn a_bad_row_of_eight_ends_alone() {
+    harness::a_bad_row_of_eight_ends_alone(Model::new(""));
+}
+
+/// A common level of all channels, near the largest that f16 holds, is one large channel once values are rotated. It is
+/// read back as it came, from the window and from a page.
+#[test]
+fn values_of_a_large_common_level_are_served() {
+    for dtype in [DType::F16, DType::BF16, DType::F32] {
+        for level in [6000.0, -6000.0, 60000.0, -60000.0] {
+            let model = Model::new("").dims(128, 128).dtype(dtype);
+            let host = model.host(6);
+            let mut s = host.sequence(1, &text(1), &[1, 2]);
+            let step = host.begin(true, &[(&s, 200)]).unwrap();
+            for layer in 0..model.layers {
+                let [q, k, v] = model.qkv(&s.text, layer, 0, 200);
+                let v = Tensor::full(level as f32, v.shape(), v.device()).unwrap();
+                step.append(layer, &q, &k, &v.to_dtype(dtype).unwrap())
+                    .unwrap();
+            }
+            assert_eq!(host.cache.end_step().unwrap(), [], "{dtype:?}, {level}");
+            s.past = 200;
+            let rounded = if dtype == DType::BF16 { 128.0 } else { 1024.0 };
+            for (t, token) in host.past(&s, 2).unwrap()[0].iter().enumerate() {
+                // Two bits leave a page some percent of its largest channel.
+                let budget = if t < 128 { 0.06 } else { 1.0 / rounded };
+                let near = |x: &f32| (f64::from(*x) / level - 1.0).abs() <= budget;
+                assert!(
+                    token.v.iter().all(near),
+                    "{dtype:?}, {level}: {:?}",
+                    token.v
+                );
+            }
+        }
+    }
+}

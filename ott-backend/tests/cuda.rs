@@ -394,66 +394,13 @@ fn any_history_is_the_same_on_both() {
     assert!(within, "attention is off: see above");
 }
 
-/// What no scale can hold is told at the end of its own step, for its own sequence: of eight, seven go on, and what was
-/// stored before can be hit.
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn a_bad_row_of_eight_ends_alone() {
     let mut model = Model::new("");
     let (gpu, _one) = gpu();
     model.device = gpu;
-    let host = model.host(40);
-    let mut all: Vec<Sequence> = (0..8)
-        .map(|i| {
-            host.sequence(
-                i,
-                &Text::new(7 + i as u64),
-                &[1 + 3 * i, 2 + 3 * i, 3 + 3 * i],
-            )
-        })
-        .collect();
-    for s in &mut all {
-        host.step(s, 200, true).expect("served");
-    }
-    let rows: Vec<(&Sequence, usize)> = all.iter().map(|s| (s, 1)).collect();
-    let step = host.begin(false, &rows).expect("it fits");
-    for layer in 0..model.layers {
-        let of = |s: &Sequence| model.qkv(&s.text, layer, s.past, s.past + 1);
-        let parts: Vec<[Tensor; 3]> = all.iter().map(of).collect();
-        let stack = |i: usize| Tensor::cat(&parts.iter().map(|x| &x[i]).collect::<Vec<_>>(), 0);
-        let [q, k, v] = [0, 1, 2].map(|i| stack(i).expect("numbers"));
-        let bad = (k.narrow(0, 3, 1).expect("a row") * f64::NAN).expect("numbers");
-        let k = match layer {
-            1 => {
-                let (low, high) = (k.narrow(0, 0, 3), k.narrow(0, 4, 4));
-                Tensor::cat(&[low.expect("rows"), bad, high.expect("rows")], 0).expect("rows")
-            }
-            _ => k,
-        };
-        let out = step.decode(layer, &q, &k, &v, model.attn).expect("queued");
-        let good = [out.narrow(0, 0, 3), out.narrow(0, 4, 4)];
-        let good = good.map(|x| numbers(&x.expect("rows").contiguous().expect("rows")));
-        assert!(good.iter().flatten().all(|x| x.is_finite()));
-    }
-    let faults = host.cache.end_step().expect("the device is well");
-    assert_eq!((faults.len(), faults[0].seq), (1, 3));
-    assert!(faults[0].error.contains("layer 1"), "{faults:?}");
-    assert!(
-        host.cache.released(3, &all[3].blocks).is_empty(),
-        "nothing is lost"
-    );
-    for s in all.iter_mut().filter(|s| s.id != 3) {
-        s.past += 1;
-        host.step(s, 1, false).expect("the others go on");
-    }
-    // The bad sequence's beginning is hit.
-    let mut again = all[3].clone();
-    (again.id, again.past) = (9, 128);
-    again.blocks.truncate(1);
-    again.blocks.extend([30, 31]);
-    host.cache.allocated(9, &[30, 31]);
-    host.step(&mut again, 72, true)
-        .expect("its beginning is there");
+    harness::a_bad_row_of_eight_ends_alone(model);
 }
 
 /// The histories of `state_machine`, on the GPU; `OTT_HISTORIES` of each setting.

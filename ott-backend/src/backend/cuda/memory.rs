@@ -103,3 +103,49 @@ pub fn memory(specs: &[LayerSpec], shape: &KvShape) -> Result<KvMemory> {
 
 /// Bytes of what layers hold at least: a traced token and its place each.
 const LEAST: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+    use mistralrs_kv_backend::KvLayer;
+
+    use super::*;
+    use crate::config::OttConfig;
+    use crate::cpu::CpuOps;
+    use crate::report::ModelShape;
+
+    #[test]
+    fn no_shape_is_too_large_to_be_sized() {
+        let model = ModelShape {
+            layers: 2,
+            num_kv_heads: 8,
+            k_dim: 128,
+            v_dim: 128,
+        };
+        let ops = CpuOps::best().expect("known");
+        let specs = model.specs(&OttConfig::default(), ops).expect("served");
+        let fixed = |max_seqs, max_seq_len| {
+            let layer = KvLayer {
+                num_heads: 32,
+                num_kv_heads: 8,
+                k_dim: 128,
+                v_dim: 128,
+                device: Device::Cpu,
+            };
+            let shape = KvShape {
+                layers: vec![layer; 2],
+                dtype: DType::F16,
+                block_size: 128,
+                max_seq_len,
+                max_seqs,
+                options: String::new(),
+            };
+            memory(&specs, &shape).expect("served").fixed
+        };
+        let usual = fixed(8, 8192);
+        for absurd in [usize::MAX, usize::MAX / 2, usize::MAX / 160, 1 << 60] {
+            assert!(fixed(absurd, 8192) > 1 << 60, "{absurd} sequences");
+            assert!(fixed(8, absurd) >= usual, "{absurd} tokens");
+        }
+    }
+}
