@@ -411,8 +411,8 @@ fn values_of_a_large_common_level_are_served() {
             s.past = 200;
             let rounded = if dtype == DType::BF16 { 128.0 } else { 1024.0 };
             for (t, token) in host.past(&s, 2).unwrap()[0].iter().enumerate() {
-                // Two bits leave a page some percent of its largest channel.
-                let budget = if t < 128 { 0.06 } else { 1.0 / rounded };
+                // What f16 rounds off the scale and the min of a page adds up in one channel.
+                let budget = if t < 128 { 0.1 } else { 1.0 / rounded };
                 let near = |x: &f32| (f64::from(*x) / level - 1.0).abs() <= budget;
                 assert!(
                     token.v.iter().all(near),
