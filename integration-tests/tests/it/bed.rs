@@ -81,7 +81,7 @@ fn a_storm_on_a_small_pool_of_quantized_pages() -> Result<()> {
         "--kv-cache",
         "ott:group=32",
         "--pa-context-len",
-        "256",
+        "192",
         "--max-seqs",
         "6",
     ];
