@@ -156,6 +156,8 @@ pub enum Refused {
         /// Newest tokens of a sequence that can always be written again.
         residual: usize,
     },
+    /// The step was undone by a call that came before its end.
+    Undone,
     /// The window has no room for the step.
     Full {
         /// Sequences that it was made for.
@@ -200,6 +202,7 @@ impl fmt::Display for Refused {
                 "block {block} is sealed and cannot be written again: only the newest {residual} tokens of a sequence can \
                  be rolled back"
             ),
+            Self::Undone => write!(f, "the step was undone by a call that came before its end"),
             Self::Full { max_seqs } => write!(
                 f,
                 "there is no room for the newest tokens of one more sequence: the cache was sized for {max_seqs} at once"
@@ -359,6 +362,8 @@ impl Blocks {
             }
         }
         let written = plans.iter().map(|plan| self.move_window(plan)).collect();
+        // All rows shrink before any grows: what one gives up may be another's.
+        plans.iter().for_each(|plan| self.shrink_window(plan));
         for plan in &mut plans {
             self.grow_window(plan);
             plan.chunks = self.chunks_of(plan, plan.pages, plan.end());
@@ -464,6 +469,8 @@ impl Blocks {
         if rows.is_empty() {
             return Err(Refused::Empty);
         }
+        let full = |row: &Row<'_>| row.table[..(row.past / group).min(row.table.len())].to_vec();
+        let read: HashSet<usize> = rows.iter().flat_map(full).collect();
         let (mut written, mut seqs) = (HashSet::new(), HashSet::new());
         for row in rows {
             let (seq, past, new) = (row.seq, row.past, row.new);
@@ -488,7 +495,7 @@ impl Blocks {
                 let own = self.windows.get(&seq);
                 let own = own.is_some_and(|window| window.blocks.contains(&block));
                 let others = self.blocks[block].holders > u32::from(own);
-                if others || !written.insert(block) {
+                if others || read.contains(&block) || !written.insert(block) {
                     return Err(Refused::SharedWrite { block, seq });
                 }
             }
@@ -555,12 +562,13 @@ impl Blocks {
         let mut total = self.num_chunks - self.free.len();
         for (block, change) in change {
             let (held, holders) = (self.blocks[block].chunks.len(), self.blocks[block].holders);
-            total -= match i64::from(holders) + change {
-                0 => held,
-                _ => 0,
-            };
             // Another row's need of a shared block is the same.
-            total += needed.get(&block).map_or(0, |n| n.saturating_sub(held));
+            let after = match (i64::from(holders) + change, needed.get(&block)) {
+                (0, _) => 0,
+                (_, Some(needed)) => *needed,
+                (_, None) => held,
+            };
+            total = total - held + after;
         }
         match total <= self.num_chunks {
             true => Ok(()),
@@ -649,6 +657,16 @@ impl Blocks {
         Written { pages, window }
     }
 
+    /// No more chunks for the blocks that a row writes than they need.
+    fn shrink_window(&mut self, plan: &RowPlan) {
+        let first = plan.pages.max(plan.past / self.group);
+        for (i, &block) in plan.table.iter().enumerate().skip(first) {
+            let needed = self.group.min(plan.end() - i * self.group).div_ceil(CHUNK);
+            let chunks = &mut self.blocks[block].chunks;
+            self.free.extend(chunks.drain(needed.min(chunks.len())..));
+        }
+    }
+
     /// As many chunks for the blocks that a row writes as they need; [`Self::check_room`] has found that there are.
     fn grow_window(&mut self, plan: &RowPlan) {
         let first = plan.pages.max(plan.past / self.group);
@@ -657,7 +675,6 @@ impl Blocks {
             let chunks = &mut self.blocks[block].chunks;
             let missing = needed.saturating_sub(chunks.len()).min(self.free.len());
             chunks.extend(self.free.drain(self.free.len() - missing..).rev());
-            self.free.extend(chunks.drain(needed.min(chunks.len())..));
         }
     }
 
@@ -890,6 +907,27 @@ mod tests {
         assert_eq!(bench.blocks.pages(), [1, 3, 4]);
         let plan = bench.step(&[row(2, 350, 1, &[3, 4, 6])]).remove(0);
         assert_eq!(plan.chunks.len(), 3);
+    }
+
+    #[test]
+    fn what_one_row_gives_up_in_a_step_is_room_for_another() {
+        // Two sequences, exactly what the window is made for; the first takes back 31 of the newest 32 tokens.
+        let mut bench = Bench::new(12, 10);
+        bench.step(&[row(1, 0, 129, &[1, 2])]);
+        bench.step(&[row(2, 128, 10, &[1, 3])]);
+        bench.step(&[row(1, 129, 32, &[1, 2])]);
+        let both = [row(1, 130, 1, &[1, 2]), row(2, 138, 140, &[1, 3, 4])];
+        let plans = bench.step(&both);
+        assert_eq!((plans[0].chunks.len(), plans[1].chunks.len()), (5, 5));
+    }
+
+    #[test]
+    fn a_block_is_not_written_beside_its_first_reader() {
+        let mut bench = Bench::new(9, 20);
+        bench.step(&[row(1, 0, 128, &[1])]);
+        let both = [row(1, 120, 1, &[1]), row(2, 128, 1, &[1, 2])];
+        let shared = Refused::SharedWrite { block: 1, seq: 1 };
+        assert_eq!(bench.begin(&both), Err(shared));
     }
 
     #[test]

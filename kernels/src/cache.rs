@@ -187,7 +187,10 @@ impl DeviceCache {
     pub fn begin(&self, rows: &[Row<'_>]) -> Result<Arc<Step>> {
         let state = &mut *self.state();
         state.step = None;
-        let rows = state.blocks.begin(rows, |wave| self.seal(wave))?;
+        let rows = state.blocks.begin(rows, |wave| self.seal(wave));
+        // On the device a page leaves nothing behind.
+        state.blocks.take_void();
+        let rows = rows?;
         // Without tables the step never ends, and is undone.
         let step = Arc::new(self.upload(rows)?);
         state.table_bytes = step.tables.iter().map(DevicePlan::bytes).sum();
@@ -212,7 +215,11 @@ impl DeviceCache {
             }
         }
         let mut state = self.state();
+        if !state.blocks.has_step() {
+            return Err(Refused::Undone.into());
+        }
         state.blocks.end(|row| layers[row].is_some());
+        state.blocks.take_void();
         if std::mem::take(&mut state.asked) {
             state.traced = self.count(&state.blocks)?;
         }
@@ -226,16 +233,13 @@ impl DeviceCache {
 
     /// Blocks were handed out: what they held is dead.
     pub fn allocated(&self, blocks: &[usize]) {
-        let state = &mut *self.state();
-        state.step = None;
-        state.blocks.allocated(blocks);
+        self.state().blocks.allocated(blocks);
     }
 
     /// A sequence gave up blocks, in table order. Those that are in no other sequence's window are sealed if they are full,
     /// and forgotten if they are not. The blocks that hold nothing to hit any more, these and others.
     pub fn released(&self, seq: usize, blocks: &[usize]) -> Vec<usize> {
-        let state = &mut *self.state();
-        state.step = None;
+        let mut state = self.state();
         state.blocks.released(seq, blocks, |wave| self.seal(wave))
     }
 

@@ -338,7 +338,10 @@ impl Host {
 
 fn sealed_by(layers: &mut [Layer], wave: &[RowPlan], group: usize) {
     for layer in layers {
-        wave.iter().for_each(|row| layer.seal(row, &[], group));
+        // In any order: on a GPU a wave is made at once.
+        wave.iter()
+            .rev()
+            .for_each(|row| layer.seal(row, &[], group));
     }
 }
 

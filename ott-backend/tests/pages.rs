@@ -57,7 +57,7 @@ impl Bench {
                 .append(layer, &[NewTokens { row, q: None, k, v }]);
             assert!(faults.unwrap().is_empty());
         }
-        self.cache.end(|_| false);
+        self.cache.end(|_| false).unwrap();
     }
 
     /// Bytes of the sealed blocks of `table`, layer by layer.

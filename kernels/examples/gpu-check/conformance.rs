@@ -697,7 +697,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         });
         let faults = cpu.append(0, &stored.collect::<Vec<_>>())?;
         ensure!(faults.is_empty(), "{faults:?}");
-        cpu.end(|_| false);
+        cpu.end(|_| false)?;
 
         let (lanes, slots) = gpu.lanes_and_slots();
         let upload = |rows: &[RowPlan]| {

@@ -118,7 +118,8 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
             return Ok(Vec::new());
         };
         let faults = step.faults();
-        self.cache.end(|row| faults.contains_key(&row));
+        let ended = self.cache.end(|row| faults.contains_key(&row));
+        ended.map_err(seam)?;
         Ok(told(&step.plans, faults.iter()))
     }
 

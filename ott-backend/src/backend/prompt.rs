@@ -109,8 +109,10 @@ impl Sums {
         }
         let weights = scores.broadcast_sub(&max)?.exp()?;
         let mut sum = weights.sum_keepdim(D::Minus1)?;
-        let values = weights.to_dtype(v.dtype())?.matmul(&v.contiguous()?)?;
-        let mut out = values.to_dtype(DType::F32)?;
+        // Weights that add up to 1, so that their product with values is inside f16; a query may see nothing of a tile.
+        let shares = weights.broadcast_div(&sum.maximum(f64::from(f32::MIN_POSITIVE))?)?;
+        let values = shares.to_dtype(v.dtype())?.matmul(&v.contiguous()?)?;
+        let mut out = values.to_dtype(DType::F32)?.broadcast_mul(&sum)?;
         if let Some((before, sum_before, out_before)) = self.0.take() {
             let shrink = (before - &max)?.exp()?;
             sum = (sum + (sum_before * &shrink)?)?;
@@ -175,6 +177,30 @@ mod tests {
     fn scratch_is_bounded_whatever_the_past() {
         // Llama 3 8B in f16.
         assert_eq!(scratch_bytes(8, 256, 2) >> 20, 408);
+    }
+
+    /// 2048 equal weights times a value must not pass through a sum that f16 cannot hold.
+    #[test]
+    fn large_values_stay_inside_f16() {
+        let of = |x: f64, tokens: usize| {
+            let x = Tensor::full(x as f32, (1, tokens, 8), &Device::Cpu);
+            x.and_then(|x| x.to_dtype(DType::F16)).expect("a tensor")
+        };
+        let attn = KvAttn {
+            scale: 1.0,
+            softcap: None,
+        };
+        let stored = |r: Range<usize>| Ok((of(0.0, r.len()), of(1000.0, r.len())));
+        let new = (&of(0.0, 1), &of(1000.0, 1));
+        let out = attend(&of(0.0, 1), new, TILE, attn, stored).expect("attended");
+        let out = out
+            .to_dtype(DType::F32)
+            .and_then(|x| x.flatten_all()?.to_vec1::<f32>());
+        // Adding 2048 shares in f16 loses some percent.
+        assert!(out
+            .expect("numbers")
+            .iter()
+            .all(|x| (x / 1000.0 - 1.0).abs() < 0.3));
     }
 
     #[test]

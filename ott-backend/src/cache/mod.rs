@@ -27,7 +27,7 @@ mod view;
 
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use ott_kernels::blocks::Blocks;
+use ott_kernels::blocks::{Blocks, Refused};
 use rayon::prelude::*;
 
 pub use element::{Element, Tokens};
@@ -145,10 +145,17 @@ impl<E: Element> Cache<E> {
     }
 
     /// The step has passed all layers, but for rows of which `failed` is true: those are undone.
-    pub fn end(&self, failed: impl Fn(usize) -> bool) {
+    ///
+    /// # Errors
+    /// If no step runs: it was undone.
+    pub fn end(&self, failed: impl Fn(usize) -> bool) -> Result<()> {
         let mut blocks = self.blocks();
+        if !blocks.has_step() {
+            return Err(Refused::Undone.into());
+        }
         blocks.end(failed);
         self.clear_void(&mut blocks);
+        Ok(())
     }
 
     /// One layer, to be read.

@@ -106,8 +106,10 @@ impl Machine {
                 }
             }
         }
-        // The look was a step of no tokens.
-        assert!(self.host.cache.end_step().unwrap().is_empty());
+        // The last look was a step of no tokens.
+        if self.live.iter().any(|live| live.window.is_some()) {
+            assert!(self.host.cache.end_step().unwrap().is_empty());
+        }
         for layer in 0..LAYERS {
             let (mut sealed, mut traced, mut chunks) = (0, 0, 0);
             for (block, held) in self.blocks.clone() {

@@ -155,7 +155,7 @@ pub fn ours(data: &Data, ops: &'static CpuOps) -> Result<Ours> {
     };
     let faults = cache.append(LAYER, &[new])?;
     ensure!(faults.is_empty(), "{faults:?}");
-    cache.end(|_| false);
+    cache.end(|_| false)?;
     Ok(Ours {
         name: ops.name,
         cache,

@@ -1,7 +1,7 @@
 //! Bytes on the device, answered before they are taken.
 
 use mistralrs_kv_backend::{KvMemory, KvShape};
-use ott_kernels::abi::PARTIAL;
+use ott_kernels::abi::{ITEM_FIRST, PARTIAL};
 use ott_kernels::plan::{lanes, most_items};
 use ott_kernels::shape::LayerShape;
 
@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 /// Words of a row in a step's tables, with its fault, and of all paddings between them.
 const ROW_WORDS: usize = 22;
 const PADDING_WORDS: usize = 24;
+/// Words of an item.
+const ITEM_WORDS: usize = 4 + ITEM_FIRST;
 
 /// What kernels are told of the layers.
 pub fn shapes(specs: &[LayerSpec]) -> Vec<LayerShape> {
@@ -60,7 +62,7 @@ fn tables(shape: &KvShape) -> usize {
             .saturating_mul(3)
             .saturating_add(ROW_WORDS + 2 + lanes);
         let rows = shape.max_seqs.saturating_mul(of_row);
-        let items = most_items(shape.max_seqs, shape.block_size, lanes).saturating_mul(4);
+        let items = most_items(shape.max_seqs, shape.block_size, lanes).saturating_mul(ITEM_WORDS);
         rows.saturating_add(items).saturating_add(PADDING_WORDS)
     };
     let mut all: Vec<usize> = lanes_of(shape);

@@ -179,7 +179,7 @@ impl Kept {
             };
             let faults = self.cache.append(0, &[stored])?;
             ensure!(faults.is_empty(), "{faults:?}");
-            self.cache.end(|_| false);
+            self.cache.end(|_| false)?;
             let mut queries = Vec::with_capacity(num_heads * step * k_dim);
             for head in 0..num_heads {
                 let head = &q[(head * new + done) * k_dim..][..step * k_dim];
