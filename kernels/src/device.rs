@@ -531,7 +531,7 @@ impl DeviceLayer {
     }
 
     /// Some tokens of one row's past as numbers: k `(kv_heads, tokens, k_dim)`, v `(kv_heads, tokens, v_dim)`, values in the
-    /// basis in which they are kept ([`DeviceLayer::rotate`] turns them back).
+    /// model's basis.
     ///
     /// # Errors
     /// If the driver fails.
@@ -550,6 +550,16 @@ impl DeviceLayer {
         let args = args.arg(&row).arg(&tokens.start).arg(&k).arg(&v);
         // SAFETY: the arguments are the kernel's; the caller's k and v have room for the tokens, which are stored.
         unsafe { args.launch(grid(tokens.len() as u32, heads, 1)) }?;
+        if self.shape.rotate {
+            let (heads, tokens, v_dim) = (heads as usize, tokens.len(), self.shape.v_dim);
+            let kept = Fresh {
+                data: v,
+                row: 0,
+                head: (tokens * v_dim) as i64,
+                token: v_dim as i64,
+            };
+            self.rotate(Turn::Back, (1, heads, tokens), kept, v)?;
+        }
         Ok(())
     }
 

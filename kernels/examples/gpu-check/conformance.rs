@@ -14,7 +14,7 @@ use ott_kernels::blocks::{Blocks, Row, RowPlan};
 use ott_kernels::plan::Plan;
 use ott_kernels::shape::LayerShape;
 
-use crate::device::{address, Attention, DeviceLayer, DevicePlan, Dtype, Kernels, Turn};
+use crate::device::{address, Attention, DeviceLayer, DevicePlan, Dtype, Kernels};
 use crate::paint::{keys, queries, values, Noise};
 
 /// Largest difference allowed, relative to the row's largest number: the clear kernels add in f32 and round once; the
@@ -893,7 +893,6 @@ fn same_past<E: Number>(
         let nan = |len: usize| stream.clone_htod(&vec![E::of(f32::NAN); len]);
         // In two parts, which are put together again.
         for tokens in [0..row.past / 3, row.past / 3..row.past] {
-            let (heads, count) = (layout.num_kv_heads, tokens.len());
             let part = |x: &[E], dim: usize| -> Vec<E> {
                 let heads = x.chunks(row.past * dim);
                 let of = |head: &[E]| head[tokens.start * dim..tokens.end * dim].to_vec();
@@ -902,20 +901,11 @@ fn same_past<E: Number>(
             let (k, v) = (part(&k, layout.k_dim), part(&v, layout.v_dim));
             let (found_k, found_v) = (nan(k.len())?, nan(v.len())?);
             let (to_k, to_v) = (address(&found_k, stream), address(&found_v, stream));
-            if count == 0 {
+            if tokens.is_empty() {
                 continue;
             }
             let range = tokens.start as u32..tokens.end as u32;
             gpu.gather(&plan, r as u32, range, to_k, to_v)?;
-            if gpu.shape.rotate {
-                let from = Fresh {
-                    data: to_v,
-                    row: 0,
-                    head: (count * layout.v_dim) as i64,
-                    token: layout.v_dim as i64,
-                };
-                gpu.rotate(Turn::Back, (1, heads, count), from, to_v)?;
-            }
             for (expected, found) in [(k, found_k), (v, found_v)] {
                 let found = stream.clone_dtoh(&found)?;
                 let same = expected

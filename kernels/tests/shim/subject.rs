@@ -14,7 +14,7 @@ use ott_backend::{CpuOps, OttConfig, PageLayout};
 use crate::abi::{Fresh, Query, PARTIAL};
 use crate::cache::{DeviceCache, Step};
 use crate::conformance::shape;
-use crate::device::{address, Dtype, Kernels, Turn};
+use crate::device::{address, Dtype, Kernels};
 use crate::driver::{CudaSlice, CudaStream};
 use crate::harness::{Host, Model};
 use crate::machine::{Subject, NUM_BLOCKS};
@@ -224,16 +224,6 @@ impl KvStep for ShimStep {
             let to = |x| address(x, &shim.stream);
             let gathered = device_layer.gather(tables, row as u32, 0..past as u32, to(&k), to(&v));
             gathered.map_err(failed)?;
-            if device_layer.shape.rotate {
-                let stored = Fresh {
-                    data: to(&v),
-                    row: 0,
-                    head: (past * v_dim) as i64,
-                    token: v_dim as i64,
-                };
-                let turned = device_layer.rotate(Turn::Back, (1, heads, past), stored, to(&v));
-                turned.map_err(failed)?;
-            }
         }
         let tensor = |x: &CudaSlice<f32>, dim: usize| {
             let numbers = shim.stream.clone_dtoh(x).map_err(failed)?;

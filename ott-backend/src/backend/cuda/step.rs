@@ -10,7 +10,6 @@ use mistralrs_kv_backend::{KvAttn, KvPlan, KvStep};
 use ott_kernels::abi::{Fresh, Query};
 use ott_kernels::blocks::RowPlan;
 use ott_kernels::cache::Step;
-use ott_kernels::device::Turn;
 
 use super::super::prompt::attend;
 use super::super::{longest, seam};
@@ -164,19 +163,7 @@ impl CudaStep {
             v = Some(filled(v_shape, own, device, |v| {
                 let tables = self.step.tables(&self.cache.layers, layer);
                 let gathered = device_layer.gather(tables, row as u32, range, k, v);
-                gathered.map_err(failed).map_err(seam)?;
-                if shape.rotate {
-                    let stored = Fresh {
-                        data: v,
-                        row: 0,
-                        head: (tokens.len() * shape.v_dim) as i64,
-                        token: shape.v_dim as i64,
-                    };
-                    let places = (1, heads, tokens.len());
-                    let turned = device_layer.rotate(Turn::Back, places, stored, v);
-                    turned.map_err(failed).map_err(seam)?;
-                }
-                Ok(())
+                gathered.map_err(failed).map_err(seam)
             })?);
             Ok(())
         })?;
