@@ -14,14 +14,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use harness::{numbers, Host, Model, Sequence, Text};
-use machine::{once_wrong, op, Machine, Op, Subject};
+use machine::{once_wrong, op, Machine, Op, Setting, Subject, BOOSTED, LARGER, NO_WINDOW, PLAIN};
 use mistralrs_kv_backend::KvBackendProvider;
 use ott_backend::backend::Inspect;
 use pool::Pool;
 use proptest::collection::vec;
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
-use reference::Rules;
 
 /// Random numbers: splitmix64.
 struct Draw(u64);
@@ -410,36 +409,7 @@ fn the_state_machine_finds_nothing() {
     let (gpu, _one) = gpu();
     let count = std::env::var("OTT_HISTORIES").ok();
     let count: u64 = count.and_then(|n| n.parse().ok()).unwrap_or(130);
-    let rules = Rules {
-        group: 32,
-        residual: 32,
-        outliers: 2,
-        extra: 3,
-        ..Rules::PAPER
-    };
-    let settings = [
-        ("paper,group=32,residual=32,outliers=2,extra=3", rules),
-        (
-            "paper,group=32,residual=0,outliers=2,extra=3",
-            Rules {
-                residual: 0,
-                ..rules
-            },
-        ),
-        (
-            "paper,group=32,residual=32,outliers=2,extra=3,boost=12,rotate=v",
-            Rules {
-                boost: 12,
-                rotate: true,
-                ..rules
-            },
-        ),
-        (
-            "paper,group=64,residual=32,outliers=2,extra=3",
-            Rules { group: 64, ..rules },
-        ),
-    ];
-    let run = |options: &str, rules: Rules, seed: u64, ops: &[Op]| {
+    let run = |(options, rules): Setting<'_>, seed: u64, ops: &[Op]| {
         let mut model = machine::model(options);
         model.device = gpu.clone();
         let memory = ott_backend::provider()
@@ -451,34 +421,25 @@ fn the_state_machine_finds_nothing() {
             answered: memory.per_block * machine::NUM_BLOCKS + memory.fixed,
         };
         let mut machine = Machine::new(subject, rules, seed, 4e-4);
-        for op in ops {
-            // A GPU decodes one token of a sequence in a step.
-            machine.apply(match *op {
-                Op::Decode { .. } => Op::Decode {
-                    tokens: 1,
-                    rejected: 0,
-                },
-                op => op,
-            });
-        }
+        ops.iter().for_each(|op| machine.apply(op.of_one_token()));
         machine.come_to_rest();
     };
     for (what, history) in once_wrong() {
         println!("{what}");
-        run(settings[0].0, rules, 1, &history);
+        run(PLAIN, 1, &history);
     }
     let mut runner = TestRunner::deterministic();
     let mut histories = 0;
-    for (options, rules) in settings {
+    for setting in [PLAIN, NO_WINDOW, BOOSTED, LARGER] {
         for seed in 0..count {
             let ops = vec(op(), 1..50)
                 .new_tree(&mut runner)
                 .expect("ops")
                 .current();
-            run(options, rules, seed, &ops);
+            run(setting, seed, &ops);
             histories += 1;
         }
-        println!("{options}: {histories} histories so far");
+        println!("{}: {histories} histories so far", setting.0);
     }
 }
 

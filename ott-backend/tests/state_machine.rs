@@ -12,13 +12,15 @@ mod reference;
 
 use std::sync::{Mutex, PoisonError};
 
-use machine::{once_wrong, op, Machine, Op, Seen, Subject, NUM_BLOCKS};
+use machine::{
+    once_wrong, op, Machine, Op, Seen, Setting, Subject, BOOSTED, LARGER, NO_WINDOW, NUM_BLOCKS,
+    PLAIN,
+};
 use mistralrs_kv_backend::KvBackendProvider;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
-use reference::Rules;
 
 /// Attention in f32 against f64: as in `cache`.
 const F32: f64 = 2e-4;
@@ -36,50 +38,34 @@ fn subject(options: &str) -> Subject {
     }
 }
 
-fn run(options: &str, rules: Rules, seed: u64, ops: &[Op]) -> Seen {
+fn run((options, rules): Setting<'_>, seed: u64, ops: &[Op]) -> Seen {
     let mut machine = Machine::new(subject(options), rules, seed, F32);
     ops.iter().for_each(|op| machine.apply(*op));
     machine.come_to_rest();
     machine.seen
 }
 
-const OPTIONS: &str = "paper,group=32,residual=32,outliers=2,extra=3";
-const LARGER: &str = "paper,group=64,residual=32,outliers=2,extra=3";
-const RULES: Rules = Rules {
-    group: 32,
-    residual: 32,
-    outliers: 2,
-    extra: 3,
-    ..Rules::PAPER
-};
-
 proptest! {
     #![proptest_config(harness::proptest_config())]
 
     #[test]
     fn any_history(seed in 0u64..1000, ops in vec(op(), 1..50)) {
-        run(OPTIONS, RULES, seed, &ops);
+        run(PLAIN, seed, &ops);
     }
 
-    /// A group is sealed as soon as it is full.
     #[test]
     fn any_history_without_a_window(seed in 0u64..1000, ops in vec(op(), 1..50)) {
-        let rules = Rules { residual: 0, ..RULES };
-        run("paper,group=32,residual=0,outliers=2,extra=3", rules, seed, &ops);
+        run(NO_WINDOW, seed, &ops);
     }
 
-    /// As by default: some key channels with a third bit, values in another basis.
     #[test]
     fn any_history_boosted_and_rotated(seed in 0u64..1000, ops in vec(op(), 1..50)) {
-        let rules = Rules { boost: 12, rotate: true, ..RULES };
-        run(&format!("{OPTIONS},boost=12,rotate=v"), rules, seed, &ops);
+        run(BOOSTED, seed, &ops);
     }
 
-    /// Blocks of several chunks.
     #[test]
     fn any_history_of_larger_groups(seed in 0u64..1000, ops in vec(op(), 1..50)) {
-        let rules = Rules { group: 64, ..RULES };
-        run(LARGER, rules, seed, &ops);
+        run(LARGER, seed, &ops);
     }
 }
 
@@ -104,14 +90,14 @@ fn a_hit_may_mix_the_blocks_of_two_sequences() {
             rejected: 0,
         },
     ];
-    run(OPTIONS, RULES, 3, &history);
+    run(PLAIN, 3, &history);
 }
 
 #[test]
 fn what_once_went_wrong_goes_right() {
     for (what, history) in once_wrong() {
         println!("{what}");
-        run(OPTIONS, RULES, 1, &history);
+        run(PLAIN, 1, &history);
     }
 }
 
@@ -134,8 +120,7 @@ fn a_step_without_room_changes_nothing() {
             rejected: 0,
         },
     ];
-    let rules = Rules { group: 64, ..RULES };
-    assert_eq!(run(LARGER, rules, 0, &history)["no room for the window"], 1);
+    assert_eq!(run(LARGER, 0, &history)["no room for the window"], 1);
 }
 
 /// One more sequence than the window was sized for, and the block that one of them would seal lies before a block that
@@ -152,10 +137,7 @@ fn a_step_counts_what_its_own_pages_leave_open() {
         start(1, 65, 1),
         Op::Prompt { tokens: 21 },
     ];
-    assert_eq!(
-        run(OPTIONS, RULES, 0, &history)["no room for the window"],
-        1
-    );
+    assert_eq!(run(PLAIN, 0, &history)["no room for the window"], 1);
 }
 
 /// The histories above reach what they are for.
@@ -165,7 +147,7 @@ fn histories_reach_every_corner() {
     let mut seen = Seen::new();
     for seed in 0..60 {
         let ops = vec(op(), 30..50).new_tree(&mut runner).unwrap().current();
-        for (what, times) in run(OPTIONS, RULES, seed, &ops) {
+        for (what, times) in run(PLAIN, seed, &ops) {
             *seen.entry(what).or_default() += times;
         }
     }

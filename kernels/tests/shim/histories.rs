@@ -6,42 +6,24 @@ use proptest::prelude::*;
 
 use crate::harness::proptest_config;
 use crate::kernels::{kernels, THREADS_COPY};
-use crate::machine::{model, once_wrong, op, Machine, Op};
+use crate::machine::{
+    model, once_wrong, op, Machine, Op, Setting, BOOSTED, LARGER, NO_WINDOW, PLAIN,
+};
 use crate::reference::Rules;
 use crate::subject::{subject, Tells};
 
 /// Attention in f32, with approximate exponentials, against f64.
 const F32: f64 = 4e-4;
 
-const RULES: Rules = Rules {
-    group: 32,
-    residual: 32,
-    outliers: 2,
-    extra: 3,
-    ..Rules::PAPER
-};
-const OPTIONS: &str = "paper,group=32,residual=32,outliers=2,extra=3";
-
-/// A GPU decodes one token of a sequence in a step.
-fn one_token(op: Op) -> Op {
-    match op {
-        Op::Decode { .. } => Op::Decode {
-            tokens: 1,
-            rejected: 0,
-        },
-        op => op,
-    }
+fn run(setting: Setting<'_>, seed: u64, ops: &[Op]) {
+    run_told(Tells::AtOnce, setting, seed, ops);
 }
 
-fn run(options: &str, rules: Rules, seed: u64, ops: &[Op]) {
-    run_told(Tells::AtOnce, options, rules, seed, ops);
-}
-
-fn run_told(tells: Tells, options: &str, rules: Rules, seed: u64, ops: &[Op]) {
+fn run_told(tells: Tells, (options, rules): Setting<'_>, seed: u64, ops: &[Op]) {
     let kernels = kernels(THREADS_COPY, &[], &[], seed).expect("compiles");
     let subject = subject(kernels, model(options), tells);
     let mut machine = Machine::new(subject, rules, seed, F32);
-    ops.iter().for_each(|op| machine.apply(one_token(*op)));
+    ops.iter().for_each(|op| machine.apply(op.of_one_token()));
     machine.come_to_rest();
 }
 
@@ -50,35 +32,33 @@ proptest! {
 
     #[test]
     fn any_history(seed in 0u64..1000, ops in vec(op(), 1..50)) {
-        run(OPTIONS, RULES, seed, &ops);
+        run(PLAIN, seed, &ops);
     }
 
     #[test]
     fn any_history_without_a_window(seed in 0u64..1000, ops in vec(op(), 1..50)) {
-        let rules = Rules { residual: 0, ..RULES };
-        run("paper,group=32,residual=0,outliers=2,extra=3", rules, seed, &ops);
+        run(NO_WINDOW, seed, &ops);
     }
 
     #[test]
     fn any_history_boosted_and_rotated(seed in 0u64..1000, ops in vec(op(), 1..50)) {
-        let rules = Rules { boost: 12, rotate: true, ..RULES };
-        run(&format!("{OPTIONS},boost=12,rotate=v"), rules, seed, &ops);
+        run(BOOSTED, seed, &ops);
     }
 
     #[test]
     fn any_history_of_larger_groups(seed in 0u64..1000, ops in vec(op(), 1..50)) {
-        let rules = Rules { group: 64, ..RULES };
-        run("paper,group=64,residual=32,outliers=2,extra=3", rules, seed, &ops);
+        run(LARGER, seed, &ops);
     }
 }
 
 #[test]
 fn what_once_went_wrong_goes_right() {
+    let (options, rules) = PLAIN;
+    let boosted = format!("{options},boost=12");
     for (what, history) in once_wrong() {
         println!("{what}");
-        run(OPTIONS, RULES, 1, &history);
-        let rules = Rules { boost: 12, ..RULES };
-        run(&format!("{OPTIONS},boost=12"), rules, 1, &history);
+        run(PLAIN, 1, &history);
+        run((&boosted, Rules { boost: 12, ..rules }), 1, &history);
     }
 }
 
@@ -86,6 +66,6 @@ fn what_once_went_wrong_goes_right() {
 #[test]
 fn faults_that_are_told_late_are_found() {
     let (_, history) = once_wrong().swap_remove(4);
-    let late = || run_told(Tells::Late, OPTIONS, RULES, 1, &history);
+    let late = || run_told(Tells::Late, PLAIN, 1, &history);
     assert!(std::panic::catch_unwind(late).is_err());
 }

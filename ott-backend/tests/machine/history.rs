@@ -4,6 +4,46 @@ use proptest::prelude::*;
 
 use super::LAYERS;
 use crate::harness::Text;
+use crate::reference::Rules;
+
+/// Options of a cache, and what they mean.
+pub type Setting<'a> = (&'a str, Rules);
+
+const RULES: Rules = Rules {
+    group: 32,
+    residual: 32,
+    outliers: 2,
+    extra: 3,
+    ..Rules::PAPER
+};
+
+/// A window of at least a group.
+pub const PLAIN: Setting<'_> = ("paper,group=32,residual=32,outliers=2,extra=3", RULES);
+
+/// A group is sealed as soon as it is full.
+pub const NO_WINDOW: Setting<'_> = (
+    "paper,group=32,residual=0,outliers=2,extra=3",
+    Rules {
+        residual: 0,
+        ..RULES
+    },
+);
+
+/// As by default: some key channels with a third bit, values in another basis.
+pub const BOOSTED: Setting<'_> = (
+    "paper,group=32,residual=32,outliers=2,extra=3,boost=12,rotate=v",
+    Rules {
+        boost: 12,
+        rotate: true,
+        ..RULES
+    },
+);
+
+/// Blocks of several chunks.
+pub const LARGER: Setting<'_> = (
+    "paper,group=64,residual=32,outliers=2,extra=3",
+    Rules { group: 64, ..RULES },
+);
 
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
@@ -45,6 +85,20 @@ pub enum Op {
         who: usize,
     },
     Reset,
+}
+
+impl Op {
+    /// As a GPU can do it, which decodes one token of a sequence in a step.
+    #[allow(dead_code)]
+    pub fn of_one_token(self) -> Self {
+        match self {
+            Self::Decode { .. } => Self::Decode {
+                tokens: 1,
+                rejected: 0,
+            },
+            op => op,
+        }
+    }
 }
 
 pub fn op() -> impl Strategy<Value = Op> {

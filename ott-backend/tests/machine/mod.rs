@@ -9,7 +9,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use ott_backend::backend::Inspect;
 
-pub use history::{once_wrong, op, Op};
+pub use history::{once_wrong, op, Op, Setting, BOOSTED, LARGER, NO_WINDOW, PLAIN};
 
 use crate::harness::{Host, Model, Sequence, Text};
 use crate::pool::{Pool, Prefix};
