@@ -254,7 +254,7 @@ struct Window {
 struct Written {
     /// Blocks that become pages, and whether they were full before.
     pages: Vec<(usize, bool)>,
-    /// Blocks of the window, and their tokens after the step.
+    /// Blocks of the window that it writes, and their tokens after the step.
     window: Vec<(usize, usize)>,
 }
 
@@ -361,11 +361,11 @@ impl Blocks {
                 self.blocks[block].holders += 1;
             }
         }
-        let written = plans.iter().map(|plan| self.move_window(plan)).collect();
+        let written: Vec<_> = plans.iter().map(|plan| self.move_window(plan)).collect();
         // All rows shrink before any grows: what one gives up may be another's.
-        plans.iter().for_each(|plan| self.shrink_window(plan));
-        for plan in &mut plans {
-            self.grow_window(plan);
+        written.iter().for_each(|row| self.shrink_window(row));
+        for (plan, row) in plans.iter_mut().zip(&written) {
+            self.grow_window(row);
             plan.chunks = self.chunks_of(plan, plan.pages, plan.end());
         }
         self.step = Some(written);
@@ -658,20 +658,18 @@ impl Blocks {
     }
 
     /// No more chunks for the blocks that a row writes than they need.
-    fn shrink_window(&mut self, plan: &RowPlan) {
-        let first = plan.pages.max(plan.past / self.group);
-        for (i, &block) in plan.table.iter().enumerate().skip(first) {
-            let needed = self.group.min(plan.end() - i * self.group).div_ceil(CHUNK);
+    fn shrink_window(&mut self, row: &Written) {
+        for &(block, len) in &row.window {
+            let needed = len.div_ceil(CHUNK);
             let chunks = &mut self.blocks[block].chunks;
             self.free.extend(chunks.drain(needed.min(chunks.len())..));
         }
     }
 
     /// As many chunks for the blocks that a row writes as they need; [`Self::check_room`] has found that there are.
-    fn grow_window(&mut self, plan: &RowPlan) {
-        let first = plan.pages.max(plan.past / self.group);
-        for (i, &block) in plan.table.iter().enumerate().skip(first) {
-            let needed = self.group.min(plan.end() - i * self.group).div_ceil(CHUNK);
+    fn grow_window(&mut self, row: &Written) {
+        for &(block, len) in &row.window {
+            let needed = len.div_ceil(CHUNK);
             let chunks = &mut self.blocks[block].chunks;
             let missing = needed.saturating_sub(chunks.len()).min(self.free.len());
             chunks.extend(self.free.drain(self.free.len() - missing..).rev());

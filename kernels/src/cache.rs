@@ -265,9 +265,8 @@ impl DeviceCache {
     /// If the device fails.
     pub fn stats(&self) -> Result<(Counts, Vec<Traced>)> {
         let mut state = self.state();
-        state.asked = true;
-        if !state.blocks.has_step() {
-            state.asked = false;
+        state.asked = state.blocks.has_step();
+        if !state.asked {
             state.traced = self.count(&state.blocks)?;
         }
         Ok((state.blocks.counts(), state.traced.clone()))

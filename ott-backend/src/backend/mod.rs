@@ -234,7 +234,41 @@ impl<E: Activation> KvStep for OttStep<E> {
     }
 
     fn append(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        self.store(layer, q, k, v)
+        let (heads, k_dim, v_dim) = {
+            let cache = self.cache.layer(layer).map_err(seam)?;
+            let layout = &cache.spec().layout;
+            (layout.num_kv_heads, layout.k_dim, layout.v_dim)
+        };
+        let (plans, new) = (&self.rows.plans, longest(&self.plan));
+        let num_heads = self.num_heads[layer];
+        let of = |heads, dim| (plans.len(), heads, new, dim);
+        let q = Rows::new::<E>("q", q, of(num_heads, k_dim))?;
+        let k = Rows::new::<E>("k", k, of(heads, k_dim))?;
+        let v = Rows::new::<E>("v", v, of(heads, v_dim))?;
+        let v = match self.rotation {
+            Rotation::None => v,
+            Rotation::Values => v.rotated::<E>()?,
+        };
+        // Rows with a fault are left out from the layer that found it on.
+        let mut faults = self.rows.faults();
+        let good: Vec<usize> = (0..plans.len())
+            .filter(|i| !faults.contains_key(i))
+            .collect();
+        let found = with_all(&q, &k, &v, |q, k, v| {
+            let rows = good.iter().map(|&i| NewTokens {
+                row: &plans[i],
+                q: Some(NewQueries {
+                    tokens: q.row(i),
+                    num_heads,
+                }),
+                k: k.row(i),
+                v: v.row(i),
+            });
+            self.cache.append(layer, &rows.collect::<Vec<_>>())
+        })?;
+        let found = found.map_err(seam)?.into_iter();
+        faults.extend(found.map(|(i, fault)| (good[i], fault)));
+        Ok(())
     }
 
     fn decode(
@@ -245,7 +279,7 @@ impl<E: Activation> KvStep for OttStep<E> {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Tensor> {
-        self.store(layer, q, k, v)?;
+        self.append(layer, q, k, v)?;
         let cache = self.cache.layer(layer).map_err(seam)?;
         let layout = &cache.spec().layout;
         let (rows, new) = (self.rows.stored(), longest(&self.plan));
@@ -273,46 +307,6 @@ impl<E: Activation> KvStep for OttStep<E> {
 impl<E: Activation> OttBackend<E> {
     fn step(&self) -> MutexGuard<'_, Option<Arc<StepRows>>> {
         self.step.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl<E: Activation> OttStep<E> {
-    /// Store the new tokens of all rows in one layer, but for rows with a fault.
-    fn store(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
-        let (heads, k_dim, v_dim) = {
-            let cache = self.cache.layer(layer).map_err(seam)?;
-            let layout = &cache.spec().layout;
-            (layout.num_kv_heads, layout.k_dim, layout.v_dim)
-        };
-        let (plans, new) = (&self.rows.plans, longest(&self.plan));
-        let num_heads = self.num_heads[layer];
-        let of = |heads, dim| (plans.len(), heads, new, dim);
-        let q = Rows::new::<E>("q", q, of(num_heads, k_dim))?;
-        let k = Rows::new::<E>("k", k, of(heads, k_dim))?;
-        let v = Rows::new::<E>("v", v, of(heads, v_dim))?;
-        let v = match self.rotation {
-            Rotation::None => v,
-            Rotation::Values => v.rotated::<E>()?,
-        };
-        let mut faults = self.rows.faults();
-        let good: Vec<usize> = (0..plans.len())
-            .filter(|i| !faults.contains_key(i))
-            .collect();
-        let found = with_all(&q, &k, &v, |q, k, v| {
-            let rows = good.iter().map(|&i| NewTokens {
-                row: &plans[i],
-                q: Some(NewQueries {
-                    tokens: q.row(i),
-                    num_heads,
-                }),
-                k: k.row(i),
-                v: v.row(i),
-            });
-            self.cache.append(layer, &rows.collect::<Vec<_>>())
-        })?;
-        let found = found.map_err(seam)?.into_iter();
-        faults.extend(found.map(|(i, fault)| (good[i], fault)));
-        Ok(())
     }
 }
 
