@@ -13,7 +13,7 @@ use mistralrs::{
 };
 use mistralrs_server_core::mistralrs_for_server_builder::MistralRsForServerBuilder;
 
-use crate::refusals::LLAMA;
+use crate::refusals::{failure, no_weights, LLAMA};
 use crate::{alone, block_on};
 
 /// A place, what it is for, and what was tried there.
@@ -23,25 +23,15 @@ struct Tried {
     cases: Vec<(String, String)>,
 }
 
-/// A model folder of a configuration without weights, so that what is taken ends where weights are read.
+/// A model folder without weights.
 pub fn folder() -> Result<PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("options");
-    std::fs::create_dir_all(&folder)?;
-    std::fs::write(folder.join("config.json"), LLAMA)?;
-    std::fs::write(folder.join("tokenizer.json"), "{}")?;
-    std::fs::write(folder.join("model.safetensors"), "no weights")?;
-    Ok(folder)
+    no_weights("options", LLAMA)
 }
 
 /// What a program says that must fail, where it says it, on one line and without what depends on the machine.
 fn said(command: &mut Command) -> Result<String> {
-    let output = command
-        .env("RUST_BACKTRACE", "0")
-        .env("RUST_LOG", "off")
-        .output()?;
-    assert!(!output.status.success(), "{command:?} succeeded");
-    let text = String::from_utf8(output.stderr)?;
-    let place = match output.status.code() {
+    let (status, text) = failure(command)?;
+    let place = match status {
         Some(2) => "command line: ",
         _ => "",
     };
@@ -50,7 +40,6 @@ fn said(command: &mut Command) -> Result<String> {
 
 /// The sentence, or `taken` if weights were missed.
 fn tidy(text: &str) -> String {
-    let text = text.split("\nStack backtrace").next().unwrap_or_default();
     let text = text.split("\n\nUsage:").next().unwrap_or_default();
     let text = text
         .split("\n\nFor more information")

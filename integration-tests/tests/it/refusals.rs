@@ -7,8 +7,8 @@ use anyhow::Result;
 use integration_tests::model::smollm2;
 use integration_tests::server::{gguf_args, program};
 
-/// What `mistralrs serve` says of a model folder that holds a configuration and no weights.
-fn refusal(name: &str, config: &str, args: &[&str]) -> Result<String> {
+/// A model folder that holds a configuration and no weights, so that what is taken ends where weights are read.
+pub fn no_weights(name: &str, config: &str) -> Result<PathBuf> {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&folder)?;
     std::fs::write(folder.join("config.json"), config)?;
@@ -16,6 +16,12 @@ fn refusal(name: &str, config: &str, args: &[&str]) -> Result<String> {
     for weights in ["model.safetensors", "model.ggml"] {
         std::fs::write(folder.join(weights), "no weights")?;
     }
+    Ok(folder)
+}
+
+/// What `mistralrs serve` says of a model folder that holds a configuration and no weights.
+fn refusal(name: &str, config: &str, args: &[&str]) -> Result<String> {
+    let folder = no_weights(name, config)?;
     said(
         Command::new(program("mistralrs")?)
             .args(["--token-source", "none", "serve", "--cpu", "-m"])
@@ -27,18 +33,19 @@ fn refusal(name: &str, config: &str, args: &[&str]) -> Result<String> {
 
 /// The error of a program that must fail, without log lines and backtrace.
 fn said(command: &mut Command) -> Result<String> {
+    Ok(failure(command)?.1)
+}
+
+/// The exit status of a program that must fail, and its error without log lines and backtrace.
+pub fn failure(command: &mut Command) -> Result<(Option<i32>, String)> {
     let output = command
         .env("RUST_BACKTRACE", "0")
         .env("RUST_LOG", "off")
         .output()?;
     assert!(!output.status.success(), "{command:?} succeeded");
     let text = String::from_utf8(output.stderr)?;
-    Ok(text
-        .split("\nStack backtrace")
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .to_owned())
+    let text = text.split("\nStack backtrace").next().unwrap_or_default();
+    Ok((output.status.code(), text.trim().to_owned()))
 }
 
 pub const LLAMA: &str = r#"{"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 64,

@@ -12,18 +12,14 @@ use mistralrs::{
 use mistralrs_core::Ordering;
 
 use crate::block_on;
+use crate::refusals::{no_weights, LLAMA};
 
 /// A folder with a llama configuration and no weights, and an adapter `first` that holds nothing.
 fn folder(name: &str) -> Result<PathBuf> {
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::create_dir_all(&folder)?;
-    std::fs::write(folder.join("config.json"), crate::refusals::LLAMA)?;
+    let folder = no_weights(name, LLAMA)?;
     let adapter = r#"{"r": 1, "lora_alpha": 1.0, "lora_dropout": null, "target_modules": []}"#;
     std::fs::write(folder.join("first.json"), adapter)?;
-    std::fs::write(folder.join("tokenizer.json"), "{}")?;
-    for weights in ["model.safetensors", "first.safetensors"] {
-        std::fs::write(folder.join(weights), "no weights")?;
-    }
+    std::fs::write(folder.join("first.safetensors"), "no weights")?;
     Ok(folder)
 }
 

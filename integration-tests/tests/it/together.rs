@@ -16,6 +16,12 @@ fn count(report: &Value, what: &str) -> Result<u64> {
     report[what].as_u64().with_context(|| what.to_owned())
 }
 
+/// Tokens of the prompts, as the answers count them.
+fn prompt_tokens(answers: &[Value]) -> Result<u64> {
+    let of = |answer: &Value| count(&answer["usage"], "prompt_tokens");
+    answers.iter().map(of).sum()
+}
+
 /// Ask all, some at once; the answers.
 fn ask_all(server: &Server, path: &str, asks: &[Value], at_once: usize) -> Result<Vec<Value>> {
     let mut answers = Vec::new();
@@ -56,8 +62,7 @@ fn a_system_prompt_is_computed_once() -> Result<()> {
         assert_eq!(grown("hit_tokens")?, 5 * 256, "{at_once} at once");
         assert_eq!(grown("preempted")?, 0);
         assert_eq!(grown("sequences")?, 6);
-        let prompts = answers.iter().map(|a| count(&a["usage"], "prompt_tokens"));
-        assert_eq!(grown("prompt_tokens")?, prompts.sum::<Result<u64>>()?);
+        assert_eq!(grown("prompt_tokens")?, prompt_tokens(&answers)?);
     }
     println!("{times:.2?} s, at once and in turn, twice");
     let (at_once, in_turn) = (times[0] + times[2], times[1] + times[3]);
@@ -77,8 +82,7 @@ fn prompts_that_wait_their_turn_are_not_preempted() -> Result<()> {
     );
     let answers = ask_all(&server, "/v1/completions", &asks, 3)?;
     let after = at_rest(&server)?;
-    let prompts = answers.iter().map(|a| count(&a["usage"], "prompt_tokens"));
-    let prompts = prompts.sum::<Result<u64>>()?;
+    let prompts = prompt_tokens(&answers)?;
     for (what, grown) in [
         ("preempted", 0),
         ("prompt_tokens", prompts),
@@ -108,8 +112,7 @@ fn a_preempted_sequence_is_counted_once() -> Result<()> {
     let grown = |what| Ok::<_, anyhow::Error>(count(&after, what)? - count(&before, what)?);
     assert!(grown("preempted")? > 0, "{after}");
     assert_eq!(grown("sequences")?, 2);
-    let prompts = answers.iter().map(|a| count(&a["usage"], "prompt_tokens"));
-    assert_eq!(grown("prompt_tokens")?, prompts.sum::<Result<u64>>()?);
+    assert_eq!(grown("prompt_tokens")?, prompt_tokens(&answers)?);
     assert_eq!(grown("hit_tokens")?, 0);
     Ok(())
 }
