@@ -23,8 +23,8 @@ const HOST_PACKAGES: [&str; 6] = [
 ];
 const HOST_BUILD: [&str; 3] = ["build", "--release", "--bins"];
 const HOST_TEST: [&str; 4] = ["test", "--release", "--test", "it"];
-/// Upstream's own tests of the crate that the patches change most, and those of the command line.
-const UPSTREAM_TEST: [&str; 7] = [
+/// Upstream's own tests of the crates that the patches change most, and those of the command line.
+const UPSTREAM_TEST: [&str; 9] = [
     "test",
     "--release",
     "--lib",
@@ -32,6 +32,8 @@ const UPSTREAM_TEST: [&str; 7] = [
     "mistralrs",
     "--package",
     "mistralrs-core",
+    "--package",
+    "mistralrs-quant",
 ];
 /// All but the three that ask a model hub.
 const OFFLINE: [&str; 7] = [
