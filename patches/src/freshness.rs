@@ -27,7 +27,8 @@ const OWN: &str = "integration-tests";
 const CHECKOUT: &str = "checkout";
 
 /// The root workspace's packages: tests know the path of the checkout that built them.
-const ROOT: [&str; 4] = [
+const ROOT: [&str; 5] = [
+    "kv-load",
     "ott-backend",
     "ott-kernels",
     "ott-patches",
