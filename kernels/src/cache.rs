@@ -4,13 +4,15 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use cudarc::driver::CudaSlice;
+use cudarc::driver::{CudaSlice, CudaStream};
 
-use crate::abi::Fresh;
 use crate::blocks::{Blocks, Counts, Refused, Row, RowPlan};
 use crate::device::{address, DeviceLayer, DevicePlan, Dtype, Kernels};
 use crate::plan::Plan;
 use crate::shape::LayerShape;
+
+/// Layers that are sealed beside each other. The kernels of one group follow each other, on a few of a GPU's multiprocessors.
+const SIDES: usize = 16;
 
 /// A layer's shape and its query heads.
 pub type LayerHeads = (LayerShape, usize);
@@ -108,6 +110,8 @@ pub struct DeviceCache {
     /// Blocks of threads per item and how many the device runs at once, by kind.
     lanes_and_slots: Vec<(usize, usize)>,
     kernels: Kernels,
+    /// Streams on which stored groups are sealed.
+    sides: Vec<Arc<CudaStream>>,
     sums: CudaSlice<f32>,
     state: Mutex<State>,
     group: usize,
@@ -138,7 +142,12 @@ impl DeviceCache {
         let kind = |of: &(usize, usize)| lanes_and_slots.partition_point(|other| other < of);
         let group = shapes.first().map_or(1, |(shape, _)| shape.group_size);
         let taken = kernels.stream().alloc_zeros(sums.max(1));
+        let side = |_| kernels.stream().context().new_stream();
+        let sides = (0..SIDES.min(layers.len())).map(side);
         Ok(Self {
+            sides: sides
+                .collect::<std::result::Result<_, _>>()
+                .map_err(anyhow::Error::from)?,
             kinds: by_layer.iter().map(kind).collect(),
             lanes_and_slots,
             sums: taken.map_err(anyhow::Error::from)?,
@@ -282,11 +291,25 @@ impl DeviceCache {
     /// Make pages out of stored tokens, in all layers.
     fn seal(&self, wave: &[RowPlan]) -> Result<()> {
         let step = self.upload(wave.to_vec())?;
-        for (layer, device_layer) in self.layers.iter().enumerate() {
-            let nothing = Fresh::NOTHING;
-            device_layer.append(step.tables(self, layer), nothing, nothing, nothing)?;
+        let main = self.kernels.stream();
+        let joined =
+            |of: &CudaStream, with: &CudaStream| of.join(with).map_err(anyhow::Error::from);
+        for side in &self.sides {
+            joined(side, main)?;
         }
-        Ok(())
+        let mut layers = self
+            .layers
+            .iter()
+            .zip(self.sides.iter().cycle())
+            .enumerate();
+        let sealed = layers.try_for_each(|(layer, (device_layer, side))| {
+            device_layer.seal_stored(step.tables(self, layer), side)
+        });
+        // Also after an error: what follows on the stream must not meet what is still sealed.
+        for side in &self.sides {
+            joined(main, side)?;
+        }
+        Ok(sealed?)
     }
 
     fn upload(&self, rows: Vec<RowPlan>) -> Result<Step> {

@@ -370,11 +370,22 @@ impl DeviceLayer {
             // SAFETY: `rotate` writes all of it before anything reads.
             let rotated = unsafe { self.stream.alloc::<u8>(len) }?;
             let turned = self.rotate(Turn::In, shape, v, address(&rotated, &self.stream))?;
-            self.seal(plan, &layer, q, k, turned)?;
+            self.seal(&self.stream, plan, &layer, [q, k, turned])?;
         } else if plan.num_groups > 0 {
-            self.seal(plan, &layer, q, k, v)?;
+            self.seal(&self.stream, plan, &layer, [q, k, v])?;
         }
         self.store(plan, &layer, q, k, v)
+    }
+
+    /// Seal the groups of stored tokens that leave the window, on `stream`, which has waited for what wrote them.
+    ///
+    /// # Errors
+    /// If the driver fails.
+    pub fn seal_stored(&self, plan: &DevicePlan, stream: &Arc<CudaStream>) -> Result<()> {
+        if plan.num_groups == 0 {
+            return Ok(());
+        }
+        self.seal(stream, plan, &self.abi(plan), [Fresh::NOTHING; 3])
     }
 
     /// Values `(rows, kv_heads, tokens, v_dim)` into the basis in which they are kept, or back; `to` is contiguous and may be where they
@@ -405,32 +416,38 @@ impl DeviceLayer {
         })
     }
 
-    fn seal(&self, plan: &DevicePlan, layer: &Layer, q: Fresh, k: Fresh, v: Fresh) -> Result<()> {
+    fn seal(
+        &self,
+        stream: &Arc<CudaStream>,
+        plan: &DevicePlan,
+        layer: &Layer,
+        [q, k, v]: [Fresh; 3],
+    ) -> Result<()> {
         let shape = &self.shape;
         let (heads, groups) = (shape.num_kv_heads as u32, plan.num_groups as u32);
         if shape.outliers > 0 {
             let len = plan.num_groups * shape.num_kv_heads * MAX_GROUP;
             // SAFETY: `magnitudes` writes what `trace` reads.
-            let mut magnitudes = unsafe { self.stream.alloc::<f32>(len) }?;
-            let mut launch = self.stream.launch_builder(&self.magnitudes);
+            let mut magnitudes = unsafe { stream.alloc::<f32>(len) }?;
+            let mut launch = stream.launch_builder(&self.magnitudes);
             let args = launch.arg(layer).arg(&plan.words).arg(&plan.groups);
             let args = args.arg(&k).arg(&v).arg(&mut magnitudes);
             // SAFETY: the arguments are the kernel's; the plan's blocks and chunks lie inside the layer's memory.
             unsafe { args.launch(grid(heads, groups, 1)) }?;
-            let mut launch = self.stream.launch_builder(&self.trace);
+            let mut launch = stream.launch_builder(&self.trace);
             let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
             let args = args.arg(&magnitudes).arg(&k).arg(&v);
             // SAFETY: as above.
             unsafe { args.launch(grid(heads, plan.num_rows as u32, 1)) }?;
         }
         let per_group = (shape.k_dim + shape.group_size).div_ceil(HALF_WARPS) as u32;
-        let mut launch = self.stream.launch_builder(&self.quantize);
+        let mut launch = stream.launch_builder(&self.quantize);
         let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
         let args = args.arg(&plan.groups).arg(&k).arg(&v);
         // SAFETY: as above.
         unsafe { args.launch(grid(per_group, heads, groups)) }?;
         if shape.boosted > 0 {
-            let mut launch = self.stream.launch_builder(&self.boost);
+            let mut launch = stream.launch_builder(&self.boost);
             let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
             let args = args.arg(&plan.groups).arg(&q).arg(&k).arg(&v);
             let grid = LaunchConfig {
@@ -441,7 +458,7 @@ impl DeviceLayer {
             unsafe { args.launch(grid) }?;
         }
         if shape.weigh {
-            let mut launch = self.stream.launch_builder(&self.make_up);
+            let mut launch = stream.launch_builder(&self.make_up);
             let args = launch.arg(layer).arg(&plan.words).arg(&plan.tables);
             let args = args.arg(&plan.groups).arg(&q).arg(&k).arg(&v);
             // SAFETY: as above.

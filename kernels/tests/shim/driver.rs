@@ -71,6 +71,34 @@ pub struct CudaContext {
     seed: AtomicU64,
     /// Address and bytes of all that is allocated.
     held: Mutex<Vec<(usize, usize)>>,
+    order: Mutex<Order>,
+}
+
+/// What streams have done since they waited for each other. The first is the main one: what runs on it may meet nothing of
+/// the others that it has not waited for, and they nothing of it. They may run beside each other.
+#[derive(Default)]
+struct Order {
+    /// By stream: how many kernels it has run.
+    run: Vec<u64>,
+    /// By stream that waits, and stream that is waited for.
+    seen: std::collections::HashMap<(usize, usize), u64>,
+}
+
+impl Order {
+    fn launch(&mut self, stream: usize) -> Result<(), String> {
+        let others = match stream {
+            0 => 1..self.run.len(),
+            _ => 0..1,
+        };
+        for other in others {
+            let seen = self.seen.get(&(stream, other)).copied().unwrap_or(0);
+            if seen < self.run[other] {
+                return Err(format!("stream {stream} has not waited for stream {other}"));
+            }
+        }
+        self.run[stream] += 1;
+        Ok(())
+    }
 }
 
 impl CudaContext {
@@ -87,12 +115,16 @@ impl CudaContext {
             multiprocessors,
             seed: AtomicU64::new(seed),
             held: Mutex::default(),
+            order: Mutex::default(),
         }))
     }
 
     pub fn new_stream(self: &Arc<Self>) -> Result<Arc<CudaStream>, DriverError> {
+        let mut order = self.order();
+        order.run.push(0);
         Ok(Arc::new(CudaStream {
             context: Arc::clone(self),
+            number: order.run.len() - 1,
         }))
     }
 
@@ -104,6 +136,10 @@ impl CudaContext {
 
     pub fn attribute(&self, _: sys::CUdevice_attribute) -> Result<i32, DriverError> {
         Ok(self.multiprocessors)
+    }
+
+    fn order(&self) -> std::sync::MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn symbol(&self, name: &str) -> Result<*const c_void, DriverError> {
@@ -192,11 +228,20 @@ impl CudaFunction {
 
 pub struct CudaStream {
     context: Arc<CudaContext>,
+    number: usize,
 }
 
 impl CudaStream {
     pub fn context(&self) -> &Arc<CudaContext> {
         &self.context
+    }
+
+    /// Wait for what `other` has run.
+    pub fn join(&self, other: &Self) -> Result<(), DriverError> {
+        let mut order = self.context.order();
+        let run = order.run[other.number];
+        order.seen.insert((self.number, other.number), run);
+        Ok(())
     }
 
     pub fn alloc_zeros<T: DeviceRepr>(
@@ -392,6 +437,8 @@ impl LaunchArgs<'_> {
     /// The arguments are the kernel's.
     pub unsafe fn launch(&mut self, config: LaunchConfig) -> Result<(), DriverError> {
         let context = &self.stream.context;
+        let order = context.order().launch(self.stream.number);
+        order.map_err(|wrong| DriverError(format!("{}: {wrong}", self.function.name)))?;
         let launch = context.symbol("shim_launch")?;
         // SAFETY: runtime.cpp says so.
         let launch: Launch = unsafe { std::mem::transmute(launch) };
