@@ -200,7 +200,7 @@ fn counted_by(answers: &[Answer]) -> String {
     match told {
         0 => "events".to_owned(),
         _ if told == came.len() => "usage".to_owned(),
-        _ => format!("usage of {told} answers, events of {}", came.len() - told),
+        _ => format!("usage of {told}, events of {}", came.len() - told),
     }
 }
 

@@ -53,7 +53,8 @@ pub fn table(rows: &[Row]) -> String {
         let names = [load, server, cache].map(str::to_owned);
         cells.push([&names[..], &numbers(&rows, &rates, ratio)].concat());
     }
-    aligned(&cells)
+    // Remarks are long.
+    aligned(COLUMNS.len() - 1, &cells)
 }
 
 /// Of the repeats of one row.
