@@ -39,7 +39,13 @@ fn at_the_limit_requests_are_cut_and_told() {
     settings.client.deadline = Some(Instant::now() + Duration::from_millis(300));
     let load: Load = "closed:2:5:8/4".parse().unwrap();
     let m = measure(&load, &run(&settings, &load).unwrap(), false);
-    assert_eq!((m.answered, m.failed), (0, 5));
+    assert_eq!((m.answered, m.failed, m.cut), (0, 5, 5));
+    assert_eq!(
+        m.errors.len(),
+        2,
+        "two were cut, three not sent: {:?}",
+        m.errors
+    );
     assert!(
         m.errors
             .iter()

@@ -151,6 +151,12 @@ fn the_comparison_has_ratios_of_each_load() {
         m.output_tokens_per_second *= 2.0;
         Some(m)
     };
+    let cut = || {
+        let mut m = open();
+        m.cut = 1;
+        m.output_tokens_per_second /= 8.0;
+        Some(m)
+    };
     let not_run = Row {
         not_run: Some("not run: the time limit was reached".to_owned()),
         ..row("ott", "batch:2x16+4", 0, None)
@@ -162,6 +168,8 @@ fn the_comparison_has_ratios_of_each_load() {
         not_run,
         row("host", "open:1:4:chat", 1, Some(open())),
         row("ott", "open:1:4:chat", 1, twice(open())),
+        // Does not count.
+        row("ott", "open:1:4:chat", 2, cut()),
     ];
     insta::assert_snapshot!(ratios::table(&rows));
 }
