@@ -42,6 +42,7 @@ cargo demo [ARGS]            Fetch a small model, build, and answer with and wit
 cargo bench-kv [ARGS]        How fast a decoded token reads its past: other caches beside ours, in one run.
 cargo eval-kv [ARGS]         How far a cache moves a model's answers from full precision, other caches beside ours.
 cargo soak [ARGS]            Many clients against the server for an hour; `--minutes N` for another time.
+cargo load-kv --help         Load on a server over HTTP: tokens per second, latencies, what its cache holds.
 cargo doctor [HOST:PORT]     What to add when you report a problem: versions, machine, and what a server tells.
 cargo fetch-nvcc             Fetch the CUDA compiler, for machines without one; says what CUDA_HOME to set.
 cargo run --release --package ott-patches -- check    Only the patches.

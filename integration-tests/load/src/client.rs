@@ -59,6 +59,8 @@ impl Answer {
     }
 }
 
+/// How the errors of requests end that had no time.
+pub const LIMIT: &str = "the time limit was reached";
 /// How long a GET of a few lines may take.
 const SHORT: Duration = Duration::from_secs(30);
 /// Longest part of a refusal that is kept, in characters.
@@ -144,7 +146,7 @@ impl Client {
             .deadline
             .map(|end| end.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
-            bail!("not sent: the time limit was reached");
+            bail!("not sent: {LIMIT}");
         }
         Ok(left.map_or(self.timeout, |left| left.min(self.timeout)))
     }
@@ -201,8 +203,8 @@ impl Client {
 
     fn why(&self, error: &anyhow::Error) -> String {
         let limit = self.deadline.is_some_and(|end| Instant::now() >= end);
-        match limit {
-            true => "cut: the time limit was reached".to_owned(),
+        match limit && !error.to_string().ends_with(LIMIT) {
+            true => format!("cut: {LIMIT}"),
             false => format!("{error:#}"),
         }
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::client::Answer;
+use crate::client::{Answer, LIMIT};
 use crate::load::Record;
 use crate::plan::Load;
 use crate::stats::Spread;
@@ -19,7 +19,9 @@ pub struct Measured {
     pub answered: usize,
     /// The others.
     pub failed: usize,
-    /// The first few reasons.
+    /// Of these, those that `--limit` ended or did not let begin: then rates are of a part.
+    pub cut: usize,
+    /// The first few different reasons.
     pub errors: Vec<String>,
     /// How often answers ended for which reason, in the server's words.
     pub finish_reasons: BTreeMap<String, usize>,
@@ -161,7 +163,8 @@ pub fn measure(load: &Load, record: &Record, scraped: bool) -> Measured {
         requests: answers.len(),
         answered: fine.len(),
         failed: errors.len(),
-        errors: errors.into_iter().take(TOLD).cloned().collect(),
+        cut: errors.iter().filter(|e| e.ends_with(LIMIT)).count(),
+        errors: different(&errors),
         finish_reasons,
         seconds,
         requests_per_second: fine.len() as f64 / seconds,
@@ -183,6 +186,17 @@ pub fn measure(load: &Load, record: &Record, scraped: bool) -> Measured {
     }
 }
 
+/// The first few of them that differ.
+fn different(errors: &[&String]) -> Vec<String> {
+    let mut told: Vec<String> = Vec::new();
+    for error in errors {
+        if told.len() < TOLD && !told.contains(error) {
+            told.push((*error).clone());
+        }
+    }
+    told
+}
+
 /// Seconds between events of each answer, also of those that failed later.
 pub fn gaps(answers: &[Answer]) -> impl Iterator<Item = f64> + '_ {
     answers
@@ -200,7 +214,7 @@ fn counted_by(answers: &[Answer]) -> String {
     match told {
         0 => "events".to_owned(),
         _ if told == came.len() => "usage".to_owned(),
-        _ => format!("usage of {told} answers, events of {}", came.len() - told),
+        _ => format!("usage of {told}, events of {}", came.len() - told),
     }
 }
 

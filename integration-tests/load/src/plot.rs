@@ -10,6 +10,8 @@ const COLORS: [&str; 8] = [
 ];
 /// Points of a line: more cannot be seen.
 const POINTS: usize = 400;
+/// Milliseconds: below it nothing is told apart.
+const LEAST: f64 = 0.01;
 
 /// One line: its name, and numbers in milliseconds.
 pub type Line = (String, Vec<f64>);
@@ -18,7 +20,8 @@ pub type Line = (String, Vec<f64>);
 pub fn distributions(title: &str, lines: &mut [Line]) -> String {
     let mut ends = (f64::INFINITY, 0.0f64);
     for (_, numbers) in lines.iter_mut() {
-        numbers.retain(|ms| *ms > 0.0);
+        // What came together is drawn at the left end.
+        numbers.iter_mut().for_each(|ms| *ms = ms.max(LEAST));
         numbers.sort_by(f64::total_cmp);
         if let (Some(first), Some(last)) = (numbers.first(), numbers.last()) {
             ends = (ends.0.min(*first), ends.1.max(*last));

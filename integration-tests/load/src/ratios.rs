@@ -19,8 +19,11 @@ const COLUMNS: [&str; 11] = [
     "remarks",
 ];
 
-/// Tokens per second of all sequences of a batch, of all answers in a loop.
+/// Tokens per second of all sequences of a batch, of all answers in a loop. Nothing of a load that the time limit cut: it has no rate to compare.
 fn rate(measured: &Measured) -> Option<f64> {
+    if measured.cut > 0 {
+        return None;
+    }
     match &measured.decoding {
         Some(decoding) => decoding.tokens_per_second,
         None => Some(measured.output_tokens_per_second),
@@ -53,7 +56,8 @@ pub fn table(rows: &[Row]) -> String {
         let names = [load, server, cache].map(str::to_owned);
         cells.push([&names[..], &numbers(&rows, &rates, ratio)].concat());
     }
-    aligned(&cells)
+    // Remarks are long.
+    aligned(COLUMNS.len() - 1, &cells)
 }
 
 /// Of the repeats of one row.

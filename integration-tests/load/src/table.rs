@@ -1,6 +1,6 @@
 //! Tables on standard output.
 
-use crate::measured::{Level, Measured};
+use crate::measured::{Decoding, Held, Level, Measured};
 use crate::stats::Spread;
 
 const MIB: f64 = (1 << 20) as f64;
@@ -20,9 +20,9 @@ pub fn mib(bytes: f64) -> String {
     digits(bytes / MIB)
 }
 
-/// Rows with columns aligned: the first to the left, the others to the right.
-pub fn aligned(rows: &[Vec<String>]) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+/// Rows with columns aligned: the first to the left, the others to the right. What follows `columns` columns is not
+/// padded.
+pub fn aligned(columns: usize, rows: &[Vec<String>]) -> String {
     let cell = |row: &[String], c: usize| row.get(c).cloned().unwrap_or_default();
     let width = |c: usize| rows.iter().map(|row| cell(row, c).chars().count()).max();
     let widths: Vec<usize> = (0..columns).map(|c| width(c).unwrap_or(0)).collect();
@@ -30,6 +30,9 @@ pub fn aligned(rows: &[Vec<String>]) -> String {
         let mut line = format!("{:<w$}", cell(row, 0), w = widths[0]);
         for (c, w) in widths.iter().enumerate().skip(1) {
             line += &format!("  {:>w$}", cell(row, c));
+        }
+        for cell in row.iter().skip(columns) {
+            line += &format!("  {cell}");
         }
         line.trim_end().to_owned() + "\n"
     };
@@ -62,10 +65,13 @@ pub fn report(name: &str, measured: &Measured) -> String {
         rows.push(row("/v1/kv_cache", &scrapes.kv_cache_ms));
         rows.push(row("/metrics", &scrapes.metrics_ms));
     }
-    text + "\n" + &aligned(&rows)
+    text + "\n" + &aligned(5, &rows)
 }
 
-fn facts(m: &Measured) -> Vec<(&'static str, String)> {
+/// What it is, and its value in words.
+type Fact = (&'static str, String);
+
+fn facts(m: &Measured) -> Vec<Fact> {
     let reasons: Vec<String> = m
         .finish_reasons
         .iter()
@@ -95,41 +101,8 @@ fn facts(m: &Measured) -> Vec<(&'static str, String)> {
     );
     facts.push(("output tokens/s", tokens));
     facts.push(("prompt tokens", prompt));
-    if let Some(d) = &m.decoding {
-        let all = match (d.tokens_per_second, d.seconds) {
-            (Some(rate), Some(seconds)) => {
-                format!(
-                    "{} tokens/s of {} sequences, {} tokens in {} s",
-                    digits(rate),
-                    d.sequences,
-                    digits(d.tokens),
-                    digits(seconds)
-                )
-            }
-            _ => d.note.clone().unwrap_or_default(),
-        };
-        facts.push(("all decoding", all));
-        facts.push((
-            "all started",
-            format!("after {} s", digits(d.start_seconds)),
-        ));
-    }
-    if let Some(cache) = &m.cache {
-        let of = |level: &Level, unit: fn(f64) -> String| {
-            format!(
-                "{} at most, {} on average",
-                unit(level.peak),
-                unit(level.mean)
-            )
-        };
-        facts.push(("KV cache", cache.setting.clone().unwrap_or_default()));
-        facts.push(("MiB held", of(&cache.bytes_held, mib)));
-        facts.push((
-            "blocks in use",
-            format!("{} of {}", of(&cache.blocks_used, digits), cache.blocks),
-        ));
-        facts.push(("preemptions", cache.preemptions.to_string()));
-    }
+    facts.extend(m.decoding.iter().flat_map(decoding));
+    facts.extend(m.cache.iter().flat_map(held));
     if let Some(scrapes) = m.scrapes.as_ref().filter(|s| s.failed > 0) {
         facts.push((
             "scrapes failed",
@@ -137,4 +110,34 @@ fn facts(m: &Measured) -> Vec<(&'static str, String)> {
         ));
     }
     facts
+}
+
+fn decoding(d: &Decoding) -> Vec<Fact> {
+    let all = match (d.tokens_per_second, d.seconds) {
+        (Some(rate), Some(seconds)) => {
+            let (rate, tokens, seconds) = (digits(rate), digits(d.tokens), digits(seconds));
+            let sequences = d.sequences;
+            format!("{rate} tokens/s of {sequences} sequences, {tokens} tokens in {seconds} s")
+        }
+        _ => d.note.clone().unwrap_or_default(),
+    };
+    let start = digits(d.start_seconds);
+    vec![
+        ("all decoding", all),
+        ("all started", format!("after {start} s")),
+    ]
+}
+
+fn held(cache: &Held) -> Vec<Fact> {
+    let of = |level: &Level, unit: fn(f64) -> String| {
+        let (peak, mean) = (unit(level.peak), unit(level.mean));
+        format!("{peak} at most, {mean} on average")
+    };
+    let blocks = of(&cache.blocks_used, digits);
+    vec![
+        ("KV cache", cache.setting.clone().unwrap_or_default()),
+        ("MiB held", of(&cache.bytes_held, mib)),
+        ("blocks in use", format!("{blocks} of {}", cache.blocks)),
+        ("preemptions", cache.preemptions.to_string()),
+    ]
 }
