@@ -142,12 +142,10 @@ impl DeviceCache {
         let kind = |of: &(usize, usize)| lanes_and_slots.partition_point(|other| other < of);
         let group = shapes.first().map_or(1, |(shape, _)| shape.group_size);
         let taken = kernels.stream().alloc_zeros(sums.max(1));
-        let side = |_| kernels.stream().context().new_stream();
+        let side = |_| Ok(kernels.stream().context().new_stream()?);
         let sides = (0..SIDES.min(layers.len())).map(side);
         Ok(Self {
-            sides: sides
-                .collect::<std::result::Result<_, _>>()
-                .map_err(anyhow::Error::from)?,
+            sides: sides.collect::<anyhow::Result<_>>()?,
             kinds: by_layer.iter().map(kind).collect(),
             lanes_and_slots,
             sums: taken.map_err(anyhow::Error::from)?,
@@ -291,25 +289,23 @@ impl DeviceCache {
     /// Make pages out of stored tokens, in all layers.
     fn seal(&self, wave: &[RowPlan]) -> Result<()> {
         let step = self.upload(wave.to_vec())?;
+        Ok(self.seal_layers(&step)?)
+    }
+
+    /// Layers beside each other, after what has been launched and before what will be.
+    fn seal_layers(&self, step: &Step) -> anyhow::Result<()> {
         let main = self.kernels.stream();
-        let joined =
-            |of: &CudaStream, with: &CudaStream| of.join(with).map_err(anyhow::Error::from);
         for side in &self.sides {
-            joined(side, main)?;
+            side.join(main)?;
         }
-        let mut layers = self
-            .layers
-            .iter()
-            .zip(self.sides.iter().cycle())
-            .enumerate();
-        let sealed = layers.try_for_each(|(layer, (device_layer, side))| {
-            device_layer.seal_stored(step.tables(self, layer), side)
-        });
-        // Also after an error: what follows on the stream must not meet what is still sealed.
-        for side in &self.sides {
-            joined(main, side)?;
-        }
-        Ok(sealed?)
+        let sides = self.sides.iter().cycle();
+        let sealed = (self.layers.iter().zip(sides).enumerate())
+            .try_for_each(|(i, (layer, side))| layer.seal_stored(step.tables(self, i), side));
+        // All of them, also after an error: what follows on the main stream must not meet what is still being sealed.
+        let joined = self.sides.iter().map(|side| main.join(side));
+        let joined = joined.fold(Ok(()), |all, one| all.and(one));
+        sealed?;
+        Ok(joined?)
     }
 
     fn upload(&self, rows: Vec<RowPlan>) -> Result<Step> {

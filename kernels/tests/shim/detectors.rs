@@ -96,6 +96,24 @@ fn accesses_that_no_barrier_orders() {
     answers("no_second_barrier", |_| 6, false);
 }
 
+/// Two streams that wait for each other may share memory; without that, the first to go on is told.
+#[test]
+fn streams_that_do_not_wait() {
+    for main in streams().take(1) {
+        let side = main.context().new_stream().expect("a stream");
+        let run = |stream| launch(stream, "nothing").map(|_| ());
+        assert_eq!(run(&side), Ok(()));
+        let wrong = "stream 0 has not waited for stream 1";
+        assert_eq!(run(&main), Err(wrong.to_owned()));
+        main.join(&side).expect("waits");
+        assert_eq!(run(&main), Ok(()));
+        let wrong = "stream 1 has not waited for stream 0";
+        assert_eq!(run(&side), Err(wrong.to_owned()));
+        side.join(&main).expect("waits");
+        assert_eq!(run(&side), Ok(()));
+    }
+}
+
 #[test]
 fn addresses_outside() {
     says("beyond_an_array", "is outside of its array (broken.cu:");

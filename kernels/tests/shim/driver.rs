@@ -74,18 +74,19 @@ pub struct CudaContext {
     order: Mutex<Order>,
 }
 
-/// What streams have done since they waited for each other. The first is the main one: what runs on it may meet nothing of
-/// the others that it has not waited for, and they nothing of it. They may run beside each other.
+/// Which streams have waited for which. The first is the main one: before a kernel or a copy, it waits for all the others, and
+/// they wait for it. The others need not wait for each other.
 #[derive(Default)]
 struct Order {
-    /// By stream: how many kernels it has run.
+    /// By stream: kernels launched.
     run: Vec<u64>,
     /// By stream that waits, and stream that is waited for.
     seen: std::collections::HashMap<(usize, usize), u64>,
 }
 
 impl Order {
-    fn launch(&mut self, stream: usize) -> Result<(), String> {
+    /// Whether the stream has waited.
+    fn check(&self, stream: usize) -> Result<(), DriverError> {
         let others = match stream {
             0 => 1..self.run.len(),
             _ => 0..1,
@@ -93,10 +94,10 @@ impl Order {
         for other in others {
             let seen = self.seen.get(&(stream, other)).copied().unwrap_or(0);
             if seen < self.run[other] {
-                return Err(format!("stream {stream} has not waited for stream {other}"));
+                let wrong = format!("stream {stream} has not waited for stream {other}");
+                return Err(DriverError(wrong));
             }
         }
-        self.run[stream] += 1;
         Ok(())
     }
 }
@@ -286,6 +287,7 @@ impl CudaStream {
         self: &Arc<Self>,
         from: &From,
     ) -> Result<Vec<T>, DriverError> {
+        self.context.order().check(self.number)?;
         let (at, len) = (from.device_ptr(self).0 as *const T, from.len());
         // SAFETY: a slice's memory is all initialised, and any bytes are a T.
         Ok(unsafe { std::slice::from_raw_parts(at, len) }.to_vec())
@@ -437,8 +439,10 @@ impl LaunchArgs<'_> {
     /// The arguments are the kernel's.
     pub unsafe fn launch(&mut self, config: LaunchConfig) -> Result<(), DriverError> {
         let context = &self.stream.context;
-        let order = context.order().launch(self.stream.number);
-        order.map_err(|wrong| DriverError(format!("{}: {wrong}", self.function.name)))?;
+        let mut order = context.order();
+        order.check(self.stream.number)?;
+        order.run[self.stream.number] += 1;
+        drop(order);
         let launch = context.symbol("shim_launch")?;
         // SAFETY: runtime.cpp says so.
         let launch: Launch = unsafe { std::mem::transmute(launch) };
