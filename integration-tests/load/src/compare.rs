@@ -14,6 +14,7 @@ use crate::plan::Load;
 use crate::plot::Line;
 use crate::ratios;
 use crate::server::{Server, Until};
+use crate::write;
 
 /// One load on one server with one cache, once.
 #[derive(Clone, Debug, Serialize)]
@@ -84,15 +85,14 @@ pub fn compare(args: &Compare) -> Result<()> {
     }
     println!("\n{}", ratios::table(&rows));
     if let Some(path) = &args.asking.json {
-        fs::write(path, serde_json::to_string_pretty(&rows)?)
-            .with_context(|| format!("writing {}", path.display()))?;
+        write(path, &serde_json::to_string_pretty(&rows)?)?;
     }
     if let Some(path) = &args.asking.plot {
         let svg = crate::plot::distributions(
             "Share of the times between tokens that are no longer",
             &mut lines,
         );
-        fs::write(path, svg).with_context(|| format!("writing {}", path.display()))?;
+        write(path, &svg)?;
     }
     let without = rows
         .iter()
@@ -199,8 +199,8 @@ impl Plan<'_> {
             program,
         } = contender;
         eprintln!("starting {server} with the cache {cache}");
-        let tame = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
-        let name = format!("{server}-{cache}-{repeat}").replace(|c| tame(c) == '-', "-");
+        let name = format!("{server}-{cache}-{repeat}");
+        let name = name.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
         let until = Until {
             patience: self.until,
             deadline: self.deadline,

@@ -115,14 +115,14 @@ type Asked<'scope> = ScopedJoinHandle<'scope, Answer>;
 
 /// What a thread says of its request; a panic is an answer too, so that no request is dropped.
 fn join(run: &Run, planned: f64, asked: Asked) -> Answer {
-    let panicked = |_| {
-        Answer::failed(
-            planned,
-            run.clock.now(),
-            "kv-load panicked: see its own words above".to_owned(),
-        )
-    };
-    asked.join().unwrap_or_else(panicked)
+    let lost = |_| lost(planned, run.clock.now());
+    asked.join().unwrap_or_else(lost)
+}
+
+/// The answer to a request whose thread panicked.
+fn lost(planned: f64, end: f64) -> Answer {
+    let words = "kv-load panicked: see its own words above";
+    Answer::failed(planned, end, words.to_owned())
 }
 
 fn batch<'scope, 'env>(
@@ -183,14 +183,7 @@ fn closed<'scope, 'env>(
         Builder::new().stack_size(STACK).spawn_scoped(scope, ask)?;
     }
     drop(done);
-    let lost = |_: &Planned| {
-        Answer::failed(
-            0.0,
-            0.0,
-            "kv-load panicked: see its own words above".to_owned(),
-        )
-    };
-    let mut all: Vec<Answer> = plan.iter().map(lost).collect();
+    let mut all: Vec<Answer> = plan.iter().map(|_| lost(0.0, 0.0)).collect();
     answers
         .iter()
         .for_each(|(id, answer): (usize, Answer)| all[id] = answer);

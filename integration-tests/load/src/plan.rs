@@ -308,21 +308,6 @@ const LENGTHS: u64 = 2;
 /// The requests of a load, in order: a function of the arguments alone. `stagger` are the tokens that a sequence of a batch
 /// is asked for more, for each that starts after it, so that it still decodes when the last has started.
 pub fn plan(load: &Load, seed: u64, stagger: usize) -> Vec<Planned> {
-    let (mut arrivals, mut lengths) = (Draw::new(seed, ARRIVALS), Draw::new(seed, LENGTHS));
-    let mut drawn = |requests: usize, mix: &Mix, mut wait: Box<dyn FnMut() -> f64 + '_>| {
-        let mut at = 0.0;
-        let mut request = |id| {
-            at += wait();
-            let (depth, tokens) = mix.draw(&mut lengths);
-            Planned {
-                id,
-                at,
-                depth,
-                tokens,
-            }
-        };
-        (0..requests).map(&mut request).collect()
-    };
     match load {
         Load::Batch {
             sequences,
@@ -342,11 +327,26 @@ pub fn plan(load: &Load, seed: u64, stagger: usize) -> Vec<Planned> {
             rate,
             requests,
             mix,
-        } => drawn(
-            *requests,
-            mix,
-            Box::new(|| arrivals.exponential(1.0 / rate)),
-        ),
-        Load::Closed { requests, mix, .. } => drawn(*requests, mix, Box::new(|| 0.0)),
+        } => {
+            let mut arrivals = Draw::new(seed, ARRIVALS);
+            drawn(seed, *requests, mix, || arrivals.exponential(1.0 / rate))
+        }
+        Load::Closed { requests, mix, .. } => drawn(seed, *requests, mix, || 0.0),
     }
+}
+
+/// Requests of a mix; `wait` gives the seconds from one to the next.
+fn drawn(seed: u64, requests: usize, mix: &Mix, mut wait: impl FnMut() -> f64) -> Vec<Planned> {
+    let (mut lengths, mut at) = (Draw::new(seed, LENGTHS), 0.0);
+    let request = |id| {
+        at += wait();
+        let (depth, tokens) = mix.draw(&mut lengths);
+        Planned {
+            id,
+            at,
+            depth,
+            tokens,
+        }
+    };
+    (0..requests).map(request).collect()
 }
