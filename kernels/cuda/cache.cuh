@@ -70,7 +70,7 @@ template <class E>
 __device__ inline bool is_storable(E x) { return fabsf(to_float(x)) < 65520.0f; }
 
 // Row `r` of the step has a number that cannot be kept; the first layer that finds one is told. Layers run one after the
-// other, and all threads of one write the same.
+// other, and all threads of one write the same; but where stored tokens are sealed, beside each other, and nobody reads it.
 __device__ inline void fault(const Layer& l, int r) {
     if (l.faults[r] == 0) l.faults[r] = l.number + 1;
 }

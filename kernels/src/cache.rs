@@ -302,10 +302,9 @@ impl DeviceCache {
         let sealed = (self.layers.iter().zip(sides).enumerate())
             .try_for_each(|(i, (layer, side))| layer.seal_stored(step.tables(self, i), side));
         // All of them, also after an error: what follows on the main stream must not meet what is still being sealed.
-        let joined = self.sides.iter().map(|side| main.join(side));
-        let joined = joined.fold(Ok(()), |all, one| all.and(one));
+        let joined: Vec<_> = self.sides.iter().map(|side| main.join(side)).collect();
         sealed?;
-        Ok(joined?)
+        joined.into_iter().try_for_each(|joined| Ok(joined?))
     }
 
     fn upload(&self, rows: Vec<RowPlan>) -> Result<Step> {
