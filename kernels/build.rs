@@ -11,13 +11,15 @@ use std::process::{Command, Stdio};
 
 /// Sources, and how they round: codes and what is kept of queries must be equal bit for bit to the CPU's, so that `seal`
 /// and `store` may not contract products and sums; weights below the smallest normal number may be 0 in attention.
-const SOURCES: [(&str, &str); 6] = [
+const SOURCES: [(&str, &str); 8] = [
     ("probe", "--fmad=true"),
     ("count", "--fmad=true"),
     ("store", "--fmad=false"),
     ("seal", "--fmad=false"),
     ("decode", "--fmad=true"),
     ("decode_mma", "--ftz=true"),
+    ("prompt", "--fmad=true"),
+    ("prompt_mma", "--ftz=true"),
 ];
 /// Machine code for each; PTX of the last for what comes after.
 const ARCHITECTURES: [&str; 4] = ["80", "86", "89", "90"];

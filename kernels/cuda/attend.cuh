@@ -1,4 +1,4 @@
-// What both attention kernels share: their arguments, partial softmaxes and how they are merged.
+// What attention kernels share: their arguments, partial softmaxes and how they are merged.
 #pragma once
 #include "cache.cuh"
 
@@ -32,6 +32,28 @@ constexpr int PARTIAL = 4;
 // Of one item and query head.
 __device__ inline float* partial(const Query& query, uint32_t item, uint32_t head, int v_dim) {
     return query.sums + (static_cast<size_t>(item) * query.num_heads + head) * (v_dim + PARTIAL);
+}
+
+// Attention of a step's new tokens to stored ones and to each other. A query of a kv head is a new token's query head; they
+// are numbered token by token, and blocks take them by `TILE_QUERIES`.
+struct Prompt {
+    Fresh q, k, v;           // (rows, heads, tokens, dim), values in the model's basis
+    void* out;               // (rows, num_heads, tokens, v_dim), contiguous; zeros where a row has no token
+    float* sums;             // of parts: (rows, kv_heads, tiles, splits, TILE_QUERIES, v_dim + PARTIAL), if splits > 1
+    uint32_t tokens;         // of the longest row, or more
+    uint32_t splits;         // parts of a tile's context
+    float scale, softcap;    // as in Query
+};
+
+// Queries of a block on tensor cores, and of the clear kernel's.
+constexpr int TILE_QUERIES = 128;
+constexpr int CLEAR_QUERIES = 8;
+
+// Of one part of a tile, its query `i`.
+__device__ inline float* partial(const Layer& l, const Prompt& prompt, uint32_t row, uint32_t head, uint32_t tile,
+                                 uint32_t tiles, uint32_t split, uint32_t i) {
+    const size_t part = ((static_cast<size_t>(row) * l.kv_heads + head) * tiles + tile) * prompt.splits + split;
+    return prompt.sums + (part * TILE_QUERIES + i) * (l.v_dim + PARTIAL);
 }
 
 constexpr float LOG2_E = 1.44269504088896340736f;

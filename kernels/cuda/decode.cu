@@ -2,6 +2,7 @@
 // one token, then one channel. Also the merge of items, and dequantization for prefix hits.
 #include "attend.cuh"
 #include "rotate.cuh"
+#include "stored.cuh"
 
 namespace ott {
 
@@ -161,38 +162,16 @@ __device__ void gather(Layer l, const Row* rows, const uint32_t* tables, uint32_
     } else {
         const uint32_t block = tables[row.table + g];
         page = head_part(l, block, head, layout.head_bytes);
-        for (uint32_t i = 0; i < l.outliers; ++i)
-            if (page[layout.trace + 4 * l.outliers + i] == t)
-                whole = traced<E>(l, l.places[(static_cast<size_t>(block) * l.kv_heads + head) * l.outliers + i]);
+        const uint32_t place = traced_place(l, layout, page, block, head, t);
+        if (place != NONE) whole = traced<E>(l, place);
     }
     for (int c = threadIdx.x; c < static_cast<int>(l.k_dim); c += blockDim.x) {
-        if (whole.k != nullptr) {
-            key[c] = whole.k[c];
-            continue;
-        }
-        const uint8_t* codes = page + layout.k_codes + c * packed_len(group, l.k_bits);
-        const float code = static_cast<float>(code_at(codes, group, l.k_bits, t));
-        const float scale = half_at(page + layout.k_scale, c);
-        float x = __fadd_rn(__fmul_rn(code, scale), half_at(page + layout.k_min, c));
-        for (uint32_t i = 0; i < l.boosted; ++i) {
-            if (boosted_channel(page + layout.k_boosted, i) != c) continue;
-            const uint32_t bit = bit_at(page + layout.k_high + i * packed_len(group, 1), group, t);
-            x = __fadd_rn(x, __fmul_rn(static_cast<float>(bit), __fmul_rn(static_cast<float>(1 << l.k_bits), scale)));
-        }
-        key[c] = from_float<E>(x);
+        uint32_t boosted = 0;
+        while (whole.k == nullptr && boosted < l.boosted && boosted_channel(page + layout.k_boosted, boosted) != c) ++boosted;
+        key[c] = whole.k != nullptr ? whole.k[c] : stored_key<E>(l, layout, page, t, c, boosted);
     }
-    for (int c = threadIdx.x; c < static_cast<int>(l.v_dim); c += blockDim.x) {
-        if (whole.v != nullptr) {
-            value[c] = whole.v[c];
-            continue;
-        }
-        const int vg = c / V_GROUP, width = min(V_GROUP, static_cast<int>(l.v_dim) - vg * V_GROUP);
-        const uint8_t* codes =
-            page + layout.v_codes + t * packed_len(l.v_dim, l.v_bits) + packed_len(vg * V_GROUP, l.v_bits);
-        const float code = static_cast<float>(code_at(codes, width, l.v_bits, c - vg * V_GROUP));
-        value[c] = from_float<E>(__fadd_rn(__fmul_rn(code, half_at(page + layout.v_scale, vg * group + t)),
-                                           half_at(page + layout.v_min, vg * group + t)));
-    }
+    for (int c = threadIdx.x; c < static_cast<int>(l.v_dim); c += blockDim.x)
+        value[c] = whole.v != nullptr ? whole.v[c] : stored_value<E>(l, layout, page, t, c);
 }
 
 }  // namespace ott

@@ -15,6 +15,13 @@ constexpr bool BULK_COPIES = true;
 constexpr bool BULK_COPIES = false;
 #endif
 
+// Whether a block may have more than 99 KB of shared memory.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr bool LARGE_SHARED = false;
+#else
+constexpr bool LARGE_SHARED = true;
+#endif
+
 // c (16, 8) += a (16, 32) * b (32, 8): unsigned and signed bytes, integer sums.
 __device__ inline void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                  uint32_t b1) {
@@ -62,6 +69,23 @@ __device__ inline float warp_max_of_positive(float x) {
 }
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// Four matrices of 8 rows of 8 numbers of 16 bits, in shared memory: lane l says where row l % 8 of matrix l / 8 lies, 16
+// bytes at a multiple of 16. Register i is two numbers of matrix i: row l / 4, from column 2 (l % 4) on.
+__device__ inline void load_matrices(const void* row, uint32_t (&x)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// The same of transposed matrices: column l / 4, from row 2 (l % 4) on.
+__device__ inline void load_transposed(const void* row, uint32_t (&x)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
 
 // 16 bytes by this thread: `to` in shared memory, both at multiples of 16.
 __device__ inline void copy_16(void* to, const void* from) {

@@ -10,6 +10,11 @@ pub const NONE: u32 = u32::MAX;
 /// Numbers of an item's result beside its weighted values.
 pub const PARTIAL: usize = 4;
 
+/// Queries of a block of the tensor-core kernel for prompts, and of the clear one's.
+pub const TILE_QUERIES: usize = 128;
+/// See [`TILE_QUERIES`].
+pub const CLEAR_QUERIES: usize = 8;
+
 /// One sequence in one step.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +179,30 @@ pub struct Query {
     pub arrived: u64,
     /// Query heads.
     pub num_heads: u32,
+    /// Factor on scores, times log2(e).
+    pub scale: f32,
+    /// 0: none.
+    pub softcap: f32,
+}
+
+/// Attention of a step's new tokens, values in the model's basis.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Prompt {
+    /// `(rows, num_heads, tokens, k_dim)`.
+    pub q: Fresh,
+    /// `(rows, kv_heads, tokens, k_dim)`.
+    pub k: Fresh,
+    /// `(rows, kv_heads, tokens, v_dim)`.
+    pub v: Fresh,
+    /// `(rows, num_heads, tokens, v_dim)`; zeros where a row has no token.
+    pub out: u64,
+    /// `(rows, kv_heads, tiles, splits, TILE_QUERIES, v_dim + PARTIAL)` f32 where there are several splits.
+    pub sums: u64,
+    /// Of the longest row, or more.
+    pub tokens: u32,
+    /// Parts of a tile's context.
+    pub splits: u32,
     /// Factor on scores, times log2(e).
     pub scale: f32,
     /// 0: none.

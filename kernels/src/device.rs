@@ -11,9 +11,10 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 
-use crate::abi::{Fresh, Item, Layer, Query, Row, ITEM_FIRST, WINDOW_CHUNKS};
+use crate::abi::{Fresh, Item, Layer, Prompt, Query, Row, ITEM_FIRST, WINDOW_CHUNKS};
 use crate::image::image;
 use crate::plan::{lanes, Plan, NARROW, WIDE};
+use crate::prompt::clear_shared;
 use crate::shape::LayerShape;
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
@@ -22,11 +23,13 @@ unsafe impl DeviceRepr for Layer {}
 unsafe impl DeviceRepr for Fresh {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for Query {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for Prompt {}
 
 /// Fields of all structs, and sections of a page.
-const PROBED: usize = 6 + 14 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 10;
+const PROBED: usize = 6 + 14 + 5 + 2 * WINDOW_CHUNKS + 4 + 4 + ITEM_FIRST + 9 + 21 + 10;
 /// Threads of every block.
-const THREADS: u32 = 128;
+pub(crate) const THREADS: u32 = 128;
 /// Most tokens of a page.
 const MAX_GROUP: usize = 128;
 /// Threads of a block that gives third bits.
@@ -71,6 +74,8 @@ pub struct Kernels {
     seal: Arc<CudaModule>,
     decode: Arc<CudaModule>,
     decode_mma: Arc<CudaModule>,
+    prompt: Arc<CudaModule>,
+    prompt_mma: Arc<CudaModule>,
     probe: Arc<CudaModule>,
     multiprocessors: usize,
 }
@@ -94,6 +99,8 @@ impl Kernels {
             seal: load(image("seal"))?,
             decode: load(image("decode"))?,
             decode_mma: load(image("decode_mma"))?,
+            prompt: load(image("prompt"))?,
+            prompt_mma: load(image("prompt_mma"))?,
             probe: load(image("probe"))?,
             multiprocessors: context.attribute(count)? as usize,
         })
@@ -114,7 +121,7 @@ impl Kernels {
         row: Row,
         fresh: Fresh,
         item: Item,
-        query: Query,
+        (query, prompt): (Query, Prompt),
     ) -> Result<Vec<u64>> {
         let stream = &self.stream;
         let function = self.probe.load_function("ott_probe")?;
@@ -128,7 +135,7 @@ impl Kernels {
             ..grid(1, 1, 1)
         };
         // SAFETY: the arguments are the kernel's, which writes `PROBED` numbers.
-        unsafe { args.arg(&query).arg(&mut out).launch(one) }?;
+        unsafe { args.arg(&query).arg(&prompt).arg(&mut out).launch(one) }?;
         Ok(stream.clone_dtoh(&out)?)
     }
 }
@@ -160,6 +167,14 @@ struct Tuned {
     heads: usize,
 }
 
+/// The kernels for prompts.
+pub(crate) struct Prompts {
+    pub(crate) clear: CudaFunction,
+    pub(crate) join: CudaFunction,
+    /// On tensor cores, with its shared memory and how many blocks the device runs at once.
+    pub(crate) tuned: Option<(CudaFunction, u32, usize)>,
+}
+
 /// One layer's memory on the device, and its kernels.
 pub struct DeviceLayer {
     /// What never changes.
@@ -176,7 +191,7 @@ pub struct DeviceLayer {
     traced: CudaSlice<u8>,
     /// Places of traced tokens by block: each block has its own.
     pub places: CudaSlice<u32>,
-    stream: Arc<CudaStream>,
+    pub(crate) stream: Arc<CudaStream>,
     count: CudaFunction,
     store: CudaFunction,
     magnitudes: CudaFunction,
@@ -191,12 +206,15 @@ pub struct DeviceLayer {
     merge: CudaFunction,
     gather: CudaFunction,
     slots: usize,
+    pub(crate) prompts: Prompts,
 }
 
 /// Tables of a step on the device: one piece of memory, written once.
 pub struct DevicePlan {
-    words: CudaSlice<u32>,
-    tables: u64,
+    pub(crate) words: CudaSlice<u32>,
+    /// As they are in `words`.
+    pub(crate) rows: Vec<Row>,
+    pub(crate) tables: u64,
     groups: u64,
     items: u64,
     of_row: u64,
@@ -206,7 +224,7 @@ pub struct DevicePlan {
     num_groups: usize,
     /// Parts of contexts.
     pub num_items: usize,
-    num_rows: usize,
+    pub(crate) num_rows: usize,
     longest: usize,
     seals_new: bool,
 }
@@ -237,6 +255,7 @@ impl DevicePlan {
         let base = address(&words, stream);
         Ok(Self {
             words,
+            rows: plan.rows.clone(),
             tables: base + tables,
             groups: base + groups,
             items: base + items,
@@ -332,6 +351,7 @@ impl DeviceLayer {
             merge: kernel(&kernels.decode, "merge")?,
             gather: kernel(&kernels.decode, "gather")?,
             slots: per_multiprocessor as usize * kernels.multiprocessors,
+            prompts: prompts(kernels, &shape, dtype)?,
             shape,
             dtype,
             num_heads,
@@ -621,7 +641,7 @@ impl DeviceLayer {
         Ok((places, self.stream.clone_dtoh(&self.traced)?))
     }
 
-    fn abi(&self, plan: &DevicePlan) -> Layer {
+    pub(crate) fn abi(&self, plan: &DevicePlan) -> Layer {
         self.abi_at(plan.faults_address(&self.stream))
     }
 
@@ -660,6 +680,18 @@ pub fn address<T>(slice: &CudaSlice<T>, stream: &Arc<CudaStream>) -> u64 {
     slice.device_ptr(stream).0
 }
 
+/// Whether tensor-core kernels serve a layer.
+fn is_served(shape: &LayerShape, dtype: Dtype) -> bool {
+    matches!(shape.k_dim, 64 | 128)
+        && shape.v_dim == shape.k_dim
+        && shape.group_size == 128
+        && matches!(
+            (shape.k_bits, shape.v_bits),
+            (2, 2) | (3, 2) | (3, 3) | (4, 2) | (4, 4)
+        )
+        && dtype != Dtype::F32
+}
+
 /// The tensor-core kernel for blocks of `heads` query heads, if there is one for this layer.
 fn tuned(
     kernels: &Kernels,
@@ -667,28 +699,15 @@ fn tuned(
     dtype: Dtype,
     heads: usize,
 ) -> Result<Option<Tuned>> {
-    let (dim, bits) = (shape.k_dim, (shape.k_bits, shape.v_bits));
-    let served = matches!(dim, 64 | 128)
-        && shape.v_dim == dim
-        && shape.group_size == 128
-        && matches!(bits, (2, 2) | (3, 2) | (3, 3) | (4, 2) | (4, 4))
-        && dtype != Dtype::F32;
-    if !served {
+    if !is_served(shape, dtype) {
         return Ok(None);
     }
-    let suffix = dtype.suffix();
+    let (suffix, dim) = (dtype.suffix(), shape.k_dim);
     let name = format!(
         "ott_decode_mma_{suffix}_{dim}_{}_{}_{heads}",
-        bits.0, bits.1
+        shape.k_bits, shape.v_bits
     );
-    let function = kernels.decode_mma.load_function(&name)?;
-    let shared = format!("{name}_shared");
-    let shared = kernels.decode_mma.get_global(&shared, &kernels.stream)?;
-    let bytes = kernels.stream.clone_dtoh(&shared)?;
-    let bytes = bytes.try_into().ok().context("a u32")?;
-    let shared = u32::from_le_bytes(bytes);
-    let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    function.set_attribute(most, shared as i32)?;
+    let (function, shared) = with_shared(kernels, &kernels.decode_mma, &name)?;
     Ok(Some(Tuned {
         function,
         shared,
@@ -696,7 +715,58 @@ fn tuned(
     }))
 }
 
-fn grid(x: u32, y: u32, z: u32) -> LaunchConfig {
+/// A kernel and the bytes of shared memory that it says it needs, which it is given leave to take.
+fn with_shared(
+    kernels: &Kernels,
+    module: &Arc<CudaModule>,
+    name: &str,
+) -> Result<(CudaFunction, u32)> {
+    let function = module.load_function(name)?;
+    let shared = module.get_global(&format!("{name}_shared"), &kernels.stream)?;
+    let bytes = kernels.stream.clone_dtoh(&shared)?;
+    let bytes = bytes.try_into().ok().context("a u32")?;
+    let shared = u32::from_le_bytes(bytes);
+    allow(&function, shared)?;
+    Ok((function, shared))
+}
+
+/// Give a kernel leave to ask for this much shared memory.
+fn allow(function: &CudaFunction, shared: u32) -> Result<()> {
+    let most = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    Ok(function.set_attribute(most, shared as i32)?)
+}
+
+fn prompts(kernels: &Kernels, shape: &LayerShape, dtype: Dtype) -> Result<Prompts> {
+    let (suffix, dim) = (dtype.suffix(), shape.k_dim);
+    let clear = kernels
+        .prompt
+        .load_function(&format!("ott_prompt_{suffix}"))?;
+    allow(&clear, clear_shared(shape))?;
+    let tuned = match is_served(shape, dtype) {
+        true => {
+            let (k_bits, v_bits) = (shape.k_bits, shape.v_bits);
+            let name = format!("ott_prompt_mma_{suffix}_{dim}_{k_bits}_{v_bits}");
+            let (function, shared) = with_shared(kernels, &kernels.prompt_mma, &name)?;
+            let at_once = function.occupancy_max_active_blocks_per_multiprocessor(
+                THREADS,
+                shared as usize,
+                None,
+            )?;
+            let slots = at_once as usize * kernels.multiprocessors;
+            Some((function, shared, slots))
+        }
+        false => None,
+    };
+    Ok(Prompts {
+        clear,
+        join: kernels
+            .prompt
+            .load_function(&format!("ott_prompt_join_{suffix}"))?,
+        tuned,
+    })
+}
+
+pub(crate) fn grid(x: u32, y: u32, z: u32) -> LaunchConfig {
     LaunchConfig {
         grid_dim: (x, y, z),
         block_dim: (THREADS, 1, 1),

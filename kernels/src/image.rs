@@ -15,6 +15,8 @@ pub(crate) fn image(source: &str) -> Vec<u8> {
         "seal" => fatbin!("seal"),
         "decode" => fatbin!("decode"),
         "decode_mma" => fatbin!("decode_mma"),
+        "prompt" => fatbin!("prompt"),
+        "prompt_mma" => fatbin!("prompt_mma"),
         _ => &[],
     };
     image.to_vec()

@@ -9,7 +9,9 @@ use ott_backend::attention::{decode, Queries};
 use ott_backend::cache::{Cache, Element, LayerSpec, NewQueries, NewTokens, Tokens};
 use ott_backend::rotate::{rotate, rotate_back};
 use ott_backend::{CpuOps, OttConfig, PageLayout, Rotation, Weigh};
-use ott_kernels::abi::{self, Fresh, Layer, Query, PARTIAL};
+use ott_kernels::abi::{
+    self, Fresh, Layer, Prompt, Query, CLEAR_QUERIES, PARTIAL, TILE_QUERIES,
+};
 use ott_kernels::blocks::{Blocks, Row, RowPlan};
 use ott_kernels::plan::Plan;
 use ott_kernels::shape::LayerShape;
@@ -427,7 +429,7 @@ fn judge_cases<'a>(
 }
 
 /// A number as this device's type.
-trait Number: Element + cudarc::driver::DeviceRepr {
+pub trait Number: Element + cudarc::driver::DeviceRepr {
     fn of(x: f32) -> Self;
     fn wide(self) -> f32;
 }
@@ -526,6 +528,17 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             scale: 0.25,
             softcap: 30.0,
         };
+        let prompt = Prompt {
+            q: Fresh { data: 13 << 40, ..fresh },
+            k: Fresh { row: 71, ..fresh },
+            v: Fresh { token: -72, ..fresh },
+            out: 14 << 40,
+            sums: 15 << 40,
+            tokens: 73,
+            splits: 74,
+            scale: 0.75,
+            softcap: 50.0,
+        };
         let numbers = |x: &[u32]| x.iter().map(|x| u64::from(*x)).collect::<Vec<_>>();
         let sections = [
             layout.k_codes.start,
@@ -572,10 +585,17 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
                 12 << 40,
             ],
             numbers(&[63, 0.25f32.to_bits(), 30f32.to_bits()]),
+            [prompt.q, prompt.k, prompt.v]
+                .iter()
+                .flat_map(|x| [x.data, x.row as u64, x.head as u64, x.token as u64])
+                .collect(),
+            vec![prompt.out, prompt.sums],
+            numbers(&[73, 74, 0.75f32.to_bits(), 50f32.to_bits()]),
+            [PARTIAL, TILE_QUERIES, CLEAR_QUERIES].map(|n| n as u64).to_vec(),
             sections.map(|at| at as u64).to_vec(),
         ]
         .concat();
-        let found = kernels.probe(layer, row, fresh, item, query)?;
+        let found = kernels.probe(layer, row, fresh, item, (query, prompt))?;
         ensure!(
             found == expected,
             "the device reads {found:?} where {expected:?} was written ({options})"
@@ -585,7 +605,7 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
 }
 
 /// A layer that traces, or would.
-fn spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
+pub fn spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
     let config = OttConfig::parse(options)?;
     Ok(LayerSpec {
         layer: 5,

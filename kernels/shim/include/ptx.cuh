@@ -13,6 +13,8 @@ constexpr bool BULK_COPIES = true;
 constexpr bool BULK_COPIES = false;
 #endif
 
+constexpr bool LARGE_SHARED = true;
+
 // One lane's part of a product: group g = lane / 4, place t = lane % 4.
 template <class C>
 struct Fragment {
@@ -70,6 +72,36 @@ inline void mma_numbers(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, ui
             return static_cast<double>(number_of(E(), static_cast<uint16_t>(word >> (16 * i))));
         });
     });
+}
+
+// One lane's part of four matrices: the row that it names, and what it gets.
+struct Matrices {
+    const uint16_t* row;
+    uint32_t* x;
+};
+
+template <bool TRANSPOSED>
+inline void load_of(const shim::Site& site, const void* row, uint32_t (&x)[4]) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) shim::fail("%s:%d: a row of a matrix is not at a multiple of 16", site.file, site.line);
+    Matrices mine{static_cast<const uint16_t*>(row), x};
+    shim::meet(site, ~0u, &mine, [](void* const* lanes, uint32_t) {
+        for (int l = 0; l < 32; ++l)
+            for (int m = 0; m < 4; ++m) {
+                uint32_t two = 0;
+                for (int k = 0; k < 2; ++k) {
+                    const int r = TRANSPOSED ? 2 * (l % 4) + k : l / 4, c = TRANSPOSED ? l / 4 : 2 * (l % 4) + k;
+                    two |= static_cast<uint32_t>(static_cast<const Matrices*>(lanes[8 * m + r])->row[c]) << (16 * k);
+                }
+                static_cast<const Matrices*>(lanes[l])->x[m] = two;
+            }
+    });
+}
+
+inline void load_matrices(const void* row, uint32_t (&x)[4], SHIM_AT) {
+    load_of<false>({"load_matrices", file, line}, row, x);
+}
+inline void load_transposed(const void* row, uint32_t (&x)[4], SHIM_AT) {
+    load_of<true>({"load_transposed", file, line}, row, x);
 }
 
 inline float warp_max_of_positive(float x, SHIM_AT) {

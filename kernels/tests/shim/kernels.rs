@@ -8,6 +8,7 @@ use crate::compile::{library, sanitizer, Build, Edit, Watch};
 use crate::conformance;
 use crate::device::{Dtype, Kernels};
 use crate::driver::CudaContext;
+use crate::prompts;
 
 /// Architectures: copies by threads, and by the engine. Nothing else in the kernels depends on it.
 pub const THREADS_COPY: u32 = 800;
@@ -40,6 +41,12 @@ fn agree_copies_by_threads() {
 #[test]
 fn agree_copies_by_the_engine() {
     agree(ENGINE_COPIES, true, &[Dtype::F16, Dtype::Bf16], 2);
+}
+
+#[test]
+fn prompts_agree() {
+    let kernels = kernels(THREADS_COPY, &[], &[], 4).expect("compiles");
+    prompts::judge(&kernels, true, &[Dtype::F16, Dtype::Bf16, Dtype::F32]).expect("prompts agree");
 }
 
 /// All cases and types, in `OTT_SHIM_SEEDS` (1) orders of threads.

@@ -6,6 +6,9 @@
 // `cudarc::driver` and `cudarc::nvrtc` are this crate's.
 extern crate self as cudarc;
 
+#[path = "../../src/attend.rs"]
+#[allow(dead_code)]
+mod attend;
 #[path = "../../src/cache.rs"]
 #[allow(dead_code)]
 mod cache;
@@ -28,12 +31,14 @@ mod machine;
 mod paint;
 #[path = "../../../ott-backend/tests/pool/mod.rs"]
 mod pool;
+#[path = "../../examples/gpu-check/prompts.rs"]
+mod prompts;
 #[path = "../../../ott-backend/tests/reference/mod.rs"]
 mod reference;
 mod subject;
 mod teeth;
 
-use ott_kernels::{abi, blocks, plan, shape};
+use ott_kernels::{abi, blocks, plan, prompt, shape};
 
 mod nvrtc {
     pub struct Ptx;
