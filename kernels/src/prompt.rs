@@ -35,7 +35,10 @@ impl Load<'_> {
     /// begin and to end; parts must be written and joined.
     pub fn splits(&self) -> usize {
         let of_rows = |rows: usize| rows * self.kv_heads;
-        let blocks = self.rows.iter().map(|r| tiles(r.fresh as usize, self.ratio));
+        let blocks = self
+            .rows
+            .iter()
+            .map(|r| tiles(r.fresh as usize, self.ratio));
         let blocks = of_rows(blocks.sum());
         let places = of_rows(self.rows.len() * tiles(self.tokens, self.ratio)).max(1);
         let units = |r: &Row| (r.past as usize + r.fresh as usize).div_ceil(UNIT);

@@ -9,9 +9,7 @@ use ott_backend::attention::{decode, Queries};
 use ott_backend::cache::{Cache, Element, LayerSpec, NewQueries, NewTokens, Tokens};
 use ott_backend::rotate::{rotate, rotate_back};
 use ott_backend::{CpuOps, OttConfig, PageLayout, Rotation, Weigh};
-use ott_kernels::abi::{
-    self, Fresh, Layer, Prompt, Query, CLEAR_QUERIES, PARTIAL, TILE_QUERIES,
-};
+use ott_kernels::abi::{self, Fresh, Layer, Prompt, Query, CLEAR_QUERIES, PARTIAL, TILE_QUERIES};
 use ott_kernels::blocks::{Blocks, Row, RowPlan};
 use ott_kernels::plan::Plan;
 use ott_kernels::shape::LayerShape;
@@ -529,9 +527,15 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
             softcap: 30.0,
         };
         let prompt = Prompt {
-            q: Fresh { data: 13 << 40, ..fresh },
+            q: Fresh {
+                data: 13 << 40,
+                ..fresh
+            },
             k: Fresh { row: 71, ..fresh },
-            v: Fresh { token: -72, ..fresh },
+            v: Fresh {
+                token: -72,
+                ..fresh
+            },
             out: 14 << 40,
             sums: 15 << 40,
             tokens: 73,
@@ -591,7 +595,9 @@ fn structs_are_the_same(kernels: &Kernels) -> Result<()> {
                 .collect(),
             vec![prompt.out, prompt.sums],
             numbers(&[73, 74, 0.75f32.to_bits(), 50f32.to_bits()]),
-            [PARTIAL, TILE_QUERIES, CLEAR_QUERIES].map(|n| n as u64).to_vec(),
+            [PARTIAL, TILE_QUERIES, CLEAR_QUERIES]
+                .map(|n| n as u64)
+                .to_vec(),
             sections.map(|at| at as u64).to_vec(),
         ]
         .concat();

@@ -1,17 +1,19 @@
 //! Judges the CUDA kernels on the GPU at hand: first that they agree with the scalar code, then how fast they are.
 //!
-//! `gpu-check [--quick] [--no-speed | --speed-only [--only head_dim,gqa,batch,depth]] [--out FILE.json]`; needs an
-//! NVIDIA driver and nothing else.
+//! `gpu-check [--quick] [--no-speed | --speed-only [--only head_dim,gqa,batch,depth]] [--out FILE.json]`; with `--prompts
+//! [--sweep]` prompts alone. Needs an NVIDIA driver and nothing else.
 
 mod conformance;
 mod paint;
+mod prompt_speed;
+mod prompts;
 mod speed;
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use cudarc::driver::{CudaContext, CudaStream};
-use ott_kernels::device::{self, Kernels};
+use ott_kernels::device::{self, Dtype, Kernels};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -22,15 +24,24 @@ fn main() -> Result<()> {
     let stream: Arc<CudaStream> = context.new_stream()?;
     let kernels = Kernels::new(&stream)?;
     println!("{}", context.name()?);
+    let dtypes = [Dtype::F16, Dtype::Bf16, Dtype::F32];
     if !has("--speed-only") {
-        conformance::run(&kernels, has("--quick"))?;
-    }
-    if !has("--no-speed") {
-        let report = speed::run(&kernels, has("--quick"), only(&arguments)?)?;
-        if let Some(at) = arguments.iter().position(|a| a == "--out") {
-            let path = arguments.get(at + 1).context("--out names a file")?;
-            std::fs::write(path, serde_json::to_string_pretty(&report)?)?;
+        if !has("--prompts") {
+            conformance::run(&kernels, has("--quick"))?;
         }
+        prompts::judge(&kernels, has("--quick"), &dtypes)?;
+        println!("prompts: all cases agree");
+    }
+    if has("--no-speed") {
+        return Ok(());
+    }
+    let report = match has("--prompts") {
+        true => prompt_speed::run(&kernels, has("--sweep"))?,
+        false => speed::run(&kernels, has("--quick"), only(&arguments)?)?,
+    };
+    if let Some(at) = arguments.iter().position(|a| a == "--out") {
+        let path = arguments.get(at + 1).context("--out names a file")?;
+        std::fs::write(path, serde_json::to_string_pretty(&report)?)?;
     }
     Ok(())
 }

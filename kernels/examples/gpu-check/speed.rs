@@ -16,13 +16,13 @@ use serde_json::{json, Value};
 
 use crate::paint::{keys, values, Noise};
 
-const GROUP: usize = 128;
+pub const GROUP: usize = 128;
 /// Bytes that layers must have together, so that no cell is read from the L2 cache.
 const COLD: usize = 400 << 20;
 /// Tokens of a prompt that is sealed.
 const PROMPT: usize = 8192;
 /// Measured runs; the median counts.
-const RUNS: usize = 15;
+pub const RUNS: usize = 15;
 
 /// `only`: one cell, for a profiler.
 pub fn run(kernels: &Kernels, quick: bool, only: Option<[usize; 4]>) -> Result<Value> {
@@ -89,7 +89,7 @@ pub fn run(kernels: &Kernels, quick: bool, only: Option<[usize; 4]>) -> Result<V
 }
 
 /// A layer that traces.
-fn layer_spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
+pub fn layer_spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpec> {
     let config = OttConfig::parse(options)?;
     Ok(LayerSpec {
         layer: 5,
@@ -279,7 +279,7 @@ fn cell(
     })
 }
 
-fn copy_within<T: cudarc::driver::DeviceRepr>(
+pub fn copy_within<T: cudarc::driver::DeviceRepr>(
     slice: &CudaSlice<T>,
     from: usize,
     to: usize,
@@ -296,7 +296,7 @@ fn copy_within<T: cudarc::driver::DeviceRepr>(
     Ok(())
 }
 
-fn time(stream: &Arc<CudaStream>, run: impl Fn() -> Result<()>) -> Result<Vec<f64>> {
+pub fn time(stream: &Arc<CudaStream>, run: impl Fn() -> Result<()>) -> Result<Vec<f64>> {
     (0..3).try_for_each(|_| run())?;
     let timed = Some(CUevent_flags::CU_EVENT_DEFAULT);
     (0..RUNS)

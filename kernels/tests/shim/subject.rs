@@ -11,7 +11,7 @@ use ott_backend::backend::Inspect;
 use ott_backend::cache::{LayerSpec, LayerStats, Row};
 use ott_backend::{CpuOps, OttConfig, PageLayout};
 
-use crate::abi::{Fresh, Query, PARTIAL};
+use crate::abi::{Fresh, Prompt, Query, PARTIAL};
 use crate::cache::{DeviceCache, Step};
 use crate::conformance::shape;
 use crate::device::{address, Dtype, Kernels};
@@ -206,6 +206,41 @@ impl ShimStep {
 impl KvStep for ShimStep {
     fn plan(&self) -> &KvPlan {
         &self.plan
+    }
+
+    fn prefill(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        attn: KvAttn,
+    ) -> Result<Option<Tensor>> {
+        if self.step.rows.iter().all(|row| row.past == 0) {
+            return Ok(None);
+        }
+        let shim = &self.shim;
+        let device_layer = shim.layers.layer(layer).map_err(failed)?;
+        let tables = self.step.tables(&shim.layers, layer);
+        let (rows, heads, v_dim) = (self.step.rows.len(), shim.model.heads, shim.model.v_dim);
+        let tokens = q.dim(2)?;
+        let nan = vec![f32::NAN; rows * heads * tokens * v_dim];
+        let out = shim.stream.clone_htod(&nan).map_err(failed)?;
+        let (q, k, v) = (self.copied(q)?, self.copied(k)?, self.copied(v)?);
+        let prompt = Prompt {
+            q: self.fresh(&q),
+            k: self.fresh(&k),
+            v: self.fresh(&v),
+            out: address(&out, &shim.stream),
+            sums: 0,
+            tokens: tokens as u32,
+            splits: 1,
+            scale: attn.scale * LOG2_E,
+            softcap: attn.softcap.unwrap_or(0.0),
+        };
+        device_layer.prompt(tables, prompt).map_err(failed)?;
+        let out = shim.stream.clone_dtoh(&out).map_err(failed)?;
+        Tensor::from_vec(out, (rows, heads, tokens, v_dim), &Device::Cpu).map(Some)
     }
 
     fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)> {

@@ -8,6 +8,7 @@ use crate::compile::Edit;
 use crate::conformance;
 use crate::device::Dtype;
 use crate::kernels::{kernels, ENGINE_COPIES, THREADS_COPY};
+use crate::prompts;
 
 /// What is wrong, and where.
 struct Fault {
@@ -23,39 +24,78 @@ struct Part {
     dtype: Dtype,
     without: &'static [&'static str],
     edits: &'static [Edit<'static>],
+    judge: Judge,
+}
+
+/// Which suite.
+#[derive(Clone, Copy)]
+enum Judge {
+    Decode,
+    Prompts,
 }
 
 /// All but decode on tensor cores.
 const SEAL: Part = Part {
     arch: ENGINE_COPIES,
     dtype: Dtype::F32,
-    without: &["decode_mma"],
+    without: &["decode_mma", "prompt_mma"],
     edits: &[],
+    judge: Judge::Decode,
 };
+/// Prompts, the clear kernel.
+const CLEAR_PROMPTS: Part = Part {
+    arch: THREADS_COPY,
+    dtype: Dtype::F32,
+    without: &["decode_mma", "prompt_mma"],
+    edits: &[],
+    judge: Judge::Prompts,
+};
+/// Prompts on tensor cores, for f16.
+const PROMPTS: Part = Part {
+    arch: THREADS_COPY,
+    dtype: Dtype::F16,
+    without: &[],
+    edits: &ONLY_F16,
+    judge: Judge::Prompts,
+};
+/// Less to compile.
+const ONLY_F16: [Edit<'static>; 4] = [
+    (
+        "decode_mma.cu",
+        "OTT_DECODE_MMA_BITS(bf16, __nv_bfloat16, 64)",
+        "",
+    ),
+    (
+        "decode_mma.cu",
+        "OTT_DECODE_MMA_BITS(bf16, __nv_bfloat16, 128)",
+        "",
+    ),
+    (
+        "prompt_mma.cu",
+        "OTT_PROMPT_MMA_BITS(bf16, __nv_bfloat16, 64)",
+        "",
+    ),
+    (
+        "prompt_mma.cu",
+        "OTT_PROMPT_MMA_BITS(bf16, __nv_bfloat16, 128)",
+        "",
+    ),
+];
+
 /// Decode on tensor cores, for f16.
 const MMA_80: Part = Part {
     arch: THREADS_COPY,
     dtype: Dtype::F16,
-    without: &[],
-    edits: &[
-        (
-            "decode_mma.cu",
-            "OTT_DECODE_MMA_BITS(bf16, __nv_bfloat16, 64)",
-            "",
-        ),
-        (
-            "decode_mma.cu",
-            "OTT_DECODE_MMA_BITS(bf16, __nv_bfloat16, 128)",
-            "",
-        ),
-    ],
+    without: &["prompt_mma"],
+    edits: &[ONLY_F16[0], ONLY_F16[1]],
+    judge: Judge::Decode,
 };
 const MMA_90: Part = Part {
     arch: ENGINE_COPIES,
     ..MMA_80
 };
 
-const FAULTS: [Fault; 21] = [
+const FAULTS: [Fault; 40] = [
     Fault {
         name: "no barrier between magnitudes and their ranks",
         part: SEAL,
@@ -165,6 +205,101 @@ const FAULTS: [Fault; 21] = [
         part: MMA_90,
         edit: ("codes.cuh", "out[1] = __byte_perm(low01, low23, 0x7632);", "out[1] = __byte_perm(low01, low23, 0x6732);"),
     },
+    Fault {
+        name: "prompts: the window is read as it is after the step",
+        part: CLEAR_PROMPTS,
+        edit: ("prompt.cu", "staged<E>(l, row.chunk_before, start + i, head)", "staged<E>(l, row.chunk, start + i, head)"),
+    },
+    Fault {
+        name: "prompts: new tokens see the next one",
+        part: CLEAR_PROMPTS,
+        edit: ("prompt.cu", "(start + t) * ratio - first,", "(start + t - 1) * ratio - first,"),
+    },
+    Fault {
+        name: "prompts: values are not turned back before new ones",
+        part: CLEAR_PROMPTS,
+        edit: ("prompt.cu", "if (l.rotate) clear.turn_back();", ""),
+    },
+    Fault {
+        name: "prompts: scores read before all are there",
+        part: CLEAR_PROMPTS,
+        edit: ("prompt.cu", "p[i][t] = score[i];\n        __syncthreads();", "p[i][t] = score[i];"),
+    },
+    Fault {
+        name: "prompts: traced keys are those of their slots",
+        part: CLEAR_PROMPTS,
+        edit: ("prompt.cu", "if (place != NONE) return to_float(traced<E>(l, place).k[c]);", ""),
+    },
+    Fault {
+        name: "prompts: a tile overwritten while it is read",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "                // All bytes are there, and nobody reads the tile before.\n                __syncthreads();", ""),
+    },
+    Fault {
+        name: "prompts: a page decoded before its bytes are there",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "                wait_copies<0>();\n                // All", "                wait_copies<1>();\n                // All"),
+    },
+    Fault {
+        name: "prompts: a tile read before it is decoded",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "                decode(l, layout, block, head, half, shared);\n                __syncthreads();", "                decode(l, layout, block, head, half, shared);"),
+    },
+    Fault {
+        name: "prompts: boosted rows decoded beside the others",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "        if (l.boosted > 0) {\n            __syncthreads();", "        if (l.boosted > 0) {"),
+    },
+    Fault {
+        name: "prompts: traced tokens in the other half of a page",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "slots[i] - half * TILE, c", "slots[i], c"),
+    },
+    Fault {
+        name: "prompts: tokens beyond the window have weight",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "if (at + STEP > count || (is_new", "if ((is_new"),
+    },
+    Fault {
+        name: "prompts: new tokens see the next one, on tensor cores",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "token[lane / 4 + 8 * r] + 1 - start", "token[lane / 4 + 8 * r] + 2 - start"),
+    },
+    Fault {
+        name: "prompts: a warp passes over tokens that its last query sees",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "token[QUERIES - 1] < start + at) break;", "token[0] < start + at) break;"),
+    },
+    Fault {
+        name: "prompts: a maximum raised without shrinking what was added",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "n][r % 2 * 2 + i] *= shrink;", "n][r % 2 * 2 + i] *= 1.0f;"),
+    },
+    Fault {
+        name: "prompts: values turned back in the wrong order of channels",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "x[i] = lane & h ? other - x[i] : x[i] + other;", "x[i] = lane & h ? x[i] - other : x[i] + other;"),
+    },
+    Fault {
+        name: "prompts: two codes exchanged",
+        part: PROMPTS,
+        edit: ("numbers.cuh", "a = __byte_perm(table[0], table[1], places);\n        b = __byte_perm(table[0], table[1], places >> 16);", "b = __byte_perm(table[0], table[1], places);\n        a = __byte_perm(table[0], table[1], places >> 16);"),
+    },
+    Fault {
+        name: "prompts: high bits of the wrong plane",
+        part: PROMPTS,
+        edit: ("numbers.cuh", "const int bit = (PLANE * p + first) / (N / 8)", "const int bit = PLANE * p / (N / 8)"),
+    },
+    Fault {
+        name: "prompts: parts overlap by a page",
+        part: PROMPTS,
+        edit: ("prompt_mma.cu", "to = all * (work.split + 1) / splits;", "to = min(all, all * (work.split + 1) / splits + 1);"),
+    },
+    Fault {
+        name: "prompts: parts joined without their maxima",
+        part: PROMPTS,
+        edit: ("prompt.cu", "weight = exp2f(found.x - to);", "weight = 1.0f;"),
+    },
 ];
 
 #[test]
@@ -225,7 +360,11 @@ fn judge(fault: &Fault) -> Result<Option<String>> {
     let edits = [part.edits, &[fault.edit]].concat();
     for seed in [5, 6] {
         let kernels = kernels(part.arch, part.without, &edits, seed)?;
-        if let Err(found) = conformance::judge(&kernels, true, &[part.dtype]) {
+        let judged = match part.judge {
+            Judge::Decode => conformance::judge(&kernels, true, &[part.dtype]),
+            Judge::Prompts => prompts::judge(&kernels, true, &[part.dtype]),
+        };
+        if let Err(found) = judged {
             return Ok(Some(format!("{found:#}")));
         }
     }

@@ -2,8 +2,6 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(any(test, feature = "cuda"))]
-mod prompt;
 mod provider;
 mod stats;
 mod tensor;

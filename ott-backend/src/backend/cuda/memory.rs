@@ -3,9 +3,9 @@
 use mistralrs_kv_backend::{KvMemory, KvShape};
 use ott_kernels::abi::{ITEM_FIRST, PARTIAL};
 use ott_kernels::plan::{lanes, most_items};
+use ott_kernels::prompt::scratch_bytes;
 use ott_kernels::shape::LayerShape;
 
-use super::super::prompt::scratch_bytes;
 use super::tensor::kernel_dtype;
 use crate::cache::LayerSpec;
 use crate::config::{Rotation, Weigh};
@@ -92,9 +92,7 @@ pub fn memory(specs: &[LayerSpec], shape: &KvShape) -> Result<KvMemory> {
         chunk.saturating_mul(spec.chunks(shape.max_seqs).max(1))
     });
     let windows = windows.fold(0, usize::saturating_add);
-    let prompts = shapes
-        .iter()
-        .map(|l| scratch_bytes(l.num_kv_heads, l.width(), dtype.size()));
+    let prompts = shapes.iter().map(|l| scratch_bytes(l.v_dim));
     let sums = sums(shape).saturating_mul(size_of::<f32>());
     let beside = [sums, tables(shape), prompts.max().unwrap_or(0), LEAST];
     Ok(KvMemory {

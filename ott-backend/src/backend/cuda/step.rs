@@ -2,22 +2,20 @@
 
 use std::f32::consts::LOG2_E;
 use std::fmt;
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Result, Tensor};
 use mistralrs_kv_backend::{KvAttn, KvPlan, KvStep};
-use ott_kernels::abi::{Fresh, Query};
+use ott_kernels::abi::{Fresh, Prompt, Query};
 use ott_kernels::blocks::RowPlan;
 use ott_kernels::cache::Step;
 
-use super::super::prompt::attend;
 use super::super::{longest, seam};
 use super::cache::{failed, told, CudaCache};
 use super::tensor::{filled, Rows};
 use crate::error::Error;
 
-/// Prompts without a past attend in the host; those with one here, in full precision to their new tokens.
+/// Prompts without a past attend in the host; those with one here, by a kernel, in full precision to their new tokens.
 pub struct CudaStep {
     pub(super) cache: Arc<CudaCache>,
     pub(super) step: Arc<Step>,
@@ -48,22 +46,58 @@ impl KvStep for CudaStep {
         if self.step.rows.iter().all(|row| row.past == 0) {
             return Ok(None);
         }
-        let tokens = q.dim(2)?;
-        let mut answers = Vec::with_capacity(self.step.rows.len());
-        for (i, row) in self.step.rows.iter().enumerate() {
-            let new = |x: &Tensor| x.get(i)?.narrow(1, 0, row.new);
-            let stored = |tokens| self.read(layer, i, tokens, q.dtype());
-            let (q, k, v) = (new(q)?, new(k)?, new(v)?);
-            let answer = attend(&q, (&k, &v), row.past, attn, stored)?;
-            answers.push(answer.pad_with_zeros(1, 0, tokens - row.new)?);
-        }
-        Tensor::stack(&answers, 0).map(Some)
+        let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
+        let (shape, own) = (&device_layer.shape, self.cache.dtype);
+        let (rows, num_heads) = (self.step.rows.len(), device_layer.num_heads);
+        let (given, tokens) = (q.dtype(), q.dim(2)?);
+        let of = |heads, dim| (rows, heads, longest(&self.plan), dim);
+        let q = Rows::new("q", q, of(num_heads, shape.k_dim), own)?.even()?;
+        let k = Rows::new("k", k, of(shape.num_kv_heads, shape.k_dim), own)?.even()?;
+        let v = Rows::new("v", v, of(shape.num_kv_heads, shape.v_dim), own)?.even()?;
+        let tables = self.step.tables(&self.cache.layers, layer);
+        let out_shape = (rows, num_heads, tokens, shape.v_dim);
+        let out = filled(out_shape, own, &self.cache.device, |out| {
+            let attend = |q, k, v| {
+                let prompt = Prompt {
+                    q,
+                    k,
+                    v,
+                    out,
+                    sums: 0,
+                    tokens: tokens as u32,
+                    splits: 1,
+                    scale: attn.scale * LOG2_E,
+                    softcap: attn.softcap.unwrap_or(0.0),
+                };
+                device_layer.prompt(tables, prompt)
+            };
+            let attended = q.with(|q| k.with(|k| v.with(|v| attend(q, k, v))))???;
+            attended.map_err(failed).map_err(seam)
+        })?;
+        out.to_dtype(given).map(Some)
     }
 
     fn past(&self, layer: usize, row: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
         let past = self.row(row)?.past;
-        let (k, v) = self.read(layer, row, 0..past, dtype)?;
-        Ok((k.unsqueeze(0)?, v.unsqueeze(0)?))
+        let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
+        let shape = &device_layer.shape;
+        let (heads, own, device) = (shape.num_kv_heads, self.cache.dtype, &self.cache.device);
+        let (k_shape, v_shape) = ((1, heads, past, shape.k_dim), (1, heads, past, shape.v_dim));
+        if past == 0 {
+            let empty = |shape| Tensor::zeros(shape, dtype, device);
+            return Ok((empty(k_shape)?, empty(v_shape)?));
+        }
+        let mut v = None;
+        let k = filled(k_shape, own, device, |k| {
+            v = Some(filled(v_shape, own, device, |v| {
+                let tables = self.step.tables(&self.cache.layers, layer);
+                let gathered = device_layer.gather(tables, row as u32, 0..past as u32, k, v);
+                gathered.map_err(failed).map_err(seam)
+            })?);
+            Ok(())
+        })?;
+        let v = v.ok_or_else(|| candle_core::Error::Msg("nothing was gathered".into()))?;
+        Ok((k.to_dtype(dtype)?, v.to_dtype(dtype)?))
     }
 
     fn append(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<()> {
@@ -138,39 +172,5 @@ impl CudaStep {
         let rows = self.step.rows.len();
         let found = self.step.rows.get(row);
         found.ok_or_else(|| seam(Error::NoSuchRow { row, rows }))
-    }
-
-    /// Some of a row's stored keys and values, `(num_kv_heads, tokens, dim)`, as they were before the step's are stored.
-    fn read(
-        &self,
-        layer: usize,
-        row: usize,
-        tokens: Range<usize>,
-        dtype: DType,
-    ) -> Result<(Tensor, Tensor)> {
-        let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
-        let shape = &device_layer.shape;
-        let (heads, own, device) = (shape.num_kv_heads, self.cache.dtype, &self.cache.device);
-        let of = |dim| (1, heads, tokens.len(), dim);
-        let (k_shape, v_shape) = (of(shape.k_dim), of(shape.v_dim));
-        if tokens.is_empty() {
-            let empty = |shape| Tensor::zeros(shape, dtype, device)?.squeeze(0);
-            return Ok((empty(k_shape)?, empty(v_shape)?));
-        }
-        let range = tokens.start as u32..tokens.end as u32;
-        let mut v = None;
-        let k = filled(k_shape, own, device, |k| {
-            v = Some(filled(v_shape, own, device, |v| {
-                let tables = self.step.tables(&self.cache.layers, layer);
-                let gathered = device_layer.gather(tables, row as u32, range, k, v);
-                gathered.map_err(failed).map_err(seam)
-            })?);
-            Ok(())
-        })?;
-        let v = v.ok_or_else(|| candle_core::Error::Msg("nothing was gathered".into()))?;
-        Ok((
-            k.squeeze(0)?.to_dtype(dtype)?,
-            v.squeeze(0)?.to_dtype(dtype)?,
-        ))
     }
 }
