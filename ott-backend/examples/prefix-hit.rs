@@ -102,7 +102,7 @@ fn main() -> Result<()> {
         let name = if dense {
             "dense, as before"
         } else {
-            "by tiles"
+            "over pages"
         };
         println!(
             "{name:18} {:8.1} ms ({:.1} to {:.1}), peak {:5} MiB more",

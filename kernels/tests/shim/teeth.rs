@@ -95,7 +95,7 @@ const MMA_90: Part = Part {
     ..MMA_80
 };
 
-const FAULTS: [Fault; 40] = [
+const FAULTS: [Fault; 39] = [
     Fault {
         name: "no barrier between magnitudes and their ranks",
         part: SEAL,
@@ -264,11 +264,6 @@ const FAULTS: [Fault; 40] = [
         name: "prompts: new tokens see the next one, on tensor cores",
         part: PROMPTS,
         edit: ("prompt_mma.cu", "token[lane / 4 + 8 * r] + 1 - start", "token[lane / 4 + 8 * r] + 2 - start"),
-    },
-    Fault {
-        name: "prompts: a warp passes over tokens that its last query sees",
-        part: PROMPTS,
-        edit: ("prompt_mma.cu", "token[QUERIES - 1] < start + at) break;", "token[0] < start + at) break;"),
     },
     Fault {
         name: "prompts: a maximum raised without shrinking what was added",
