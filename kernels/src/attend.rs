@@ -20,7 +20,7 @@ impl DeviceLayer {
         let size = self.dtype.size() as i64;
         let is_even = |x: &Fresh| {
             let strides = [x.row, x.head, x.token].map(|stride| stride * size % VECTOR);
-            x.data % VECTOR as u64 == 0 && strides == [0; 3]
+            x.data.is_multiple_of(VECTOR as u64) && strides == [0; 3]
         };
         let all = [prompt.q, prompt.k, prompt.v];
         let kernel = match self.prompts.tuned.is_some() && all.iter().all(is_even) {

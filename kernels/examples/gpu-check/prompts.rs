@@ -112,7 +112,7 @@ pub fn judge(kernels: &Kernels, short: bool, dtypes: &[Dtype]) -> Result<()> {
 }
 
 /// New tokens of all rows, `(rows, tokens, heads, dim)`, as models have them.
-struct New<E> {
+struct NewTokens<E> {
     numbers: Vec<E>,
     device: CudaSlice<E>,
     heads: usize,
@@ -120,7 +120,7 @@ struct New<E> {
     dim: usize,
 }
 
-impl<E: Number> New<E> {
+impl<E: Number> NewTokens<E> {
     /// From `(rows, heads, tokens, dim)`.
     fn new(
         painted: &[f16],
@@ -214,7 +214,7 @@ fn begin<E: Number>(
             let all = (0..tables.len())
                 .flat_map(|_| of(noise))
                 .collect::<Vec<_>>();
-            New::<E>::new(&all, (heads, tokens, dim), stream)
+            NewTokens::<E>::new(&all, (heads, tokens, dim), stream)
         };
         let k = paint(noise, &|noise| keys(noise, heads, tokens, dim))?;
         let v = paint(noise, &|noise| values(noise, heads * tokens * dim))?;
@@ -293,7 +293,7 @@ fn softmax<'a, E: Number>(
 fn expected<E: Number>(
     begun: &Begun,
     case: &Case,
-    [q, k, v]: [&New<E>; 3],
+    [q, k, v]: [&NewTokens<E>; 3],
     stream: &Arc<CudaStream>,
 ) -> Result<Vec<f64>> {
     let dim = case.dim;
@@ -344,11 +344,11 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
     let num_heads = heads * case.ratio;
     let tokens = case.rows.iter().map(|row| row.1).max().context("a row")?;
     let painted = queries(&mut noise, rows * num_heads, tokens, dim);
-    let q = New::<E>::new(&painted, (num_heads, tokens, dim), stream)?;
+    let q = NewTokens::<E>::new(&painted, (num_heads, tokens, dim), stream)?;
     let painted = keys(&mut noise, rows * heads, tokens, dim);
-    let k = New::<E>::new(&painted, (heads, tokens, dim), stream)?;
+    let k = NewTokens::<E>::new(&painted, (heads, tokens, dim), stream)?;
     let painted = values(&mut noise, rows * heads * tokens * dim);
-    let v = New::<E>::new(&painted, (heads, tokens, dim), stream)?;
+    let v = NewTokens::<E>::new(&painted, (heads, tokens, dim), stream)?;
     let exact = expected(&begun, case, [&q, &k, &v], stream)?;
     let attend = |kernel, splits| -> Result<Vec<f64>> {
         let out = stream.clone_htod(&vec![E::of(f32::NAN); exact.len()])?;

@@ -57,8 +57,10 @@ impl<'a> Rows<'a> {
     pub fn even(self) -> Result<Self> {
         let each = 16 / self.tensor.dtype().size_in_bytes();
         let layout = self.tensor.layout();
-        let strides = layout.stride()[..3].iter().all(|stride| stride % each == 0);
-        let is_even = strides && layout.start_offset() % each == 0;
+        let strides = layout.stride()[..3]
+            .iter()
+            .all(|stride| stride.is_multiple_of(each));
+        let is_even = strides && layout.start_offset().is_multiple_of(each);
         Ok(match is_even {
             true => self,
             false => Self {
