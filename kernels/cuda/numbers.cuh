@@ -5,6 +5,7 @@
 // codes are multiplied.
 #pragma once
 #include "cache.cuh"
+#include "ptx.cuh"
 
 namespace ott {
 
@@ -87,7 +88,7 @@ struct Numbers<E, 3> {
     __device__ void four(uint32_t codes, uint32_t& a, uint32_t& b) const {
         const uint32_t places = places_of(codes & 0x03030303u);
         // The third bit where a byte has its sign, repeated over a number.
-        const uint32_t signs = codes << 5, first = __byte_perm(signs, 0, 0x9988), last = __byte_perm(signs, 0, 0xbbaa);
+        const uint32_t signs = codes << 5, first = spread_signs<0, 1>(signs), last = spread_signs<2, 3>(signs);
         const uint32_t low_a = __byte_perm(low[0], low[1], places), high_a = __byte_perm(high[0], high[1], places);
         const uint32_t low_b = __byte_perm(low[0], low[1], places >> 16);
         const uint32_t high_b = __byte_perm(high[0], high[1], places >> 16);

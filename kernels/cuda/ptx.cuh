@@ -22,6 +22,14 @@ constexpr bool LARGE_SHARED = false;
 constexpr bool LARGE_SHARED = true;
 #endif
 
+// The signs of bytes A and B of x, 16 times each. `__byte_perm` does not look at the bit that asks for signs.
+template <int A, int B>
+__device__ inline uint32_t spread_signs(uint32_t x) {
+    uint32_t out;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(out) : "r"(x), "n"(0x8888 | A * 0x11 | B * 0x1100));
+    return out;
+}
+
 // c (16, 8) += a (16, 32) * b (32, 8): unsigned and signed bytes, integer sums.
 __device__ inline void mma_bytes(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                  uint32_t b1) {

@@ -52,7 +52,7 @@ fn budget(dtype: DType) -> f32 {
     }
 }
 
-/// The same of a prompt after a hit: weights are rounded to the dtype on both sides, and the CPU rounds new values in the basis
+/// The same of a prompt: weights are rounded to the dtype on both sides, and the CPU rounds new values in the basis
 /// in which they are kept.
 fn prompt_budget(dtype: DType) -> f32 {
     match dtype {
@@ -234,7 +234,7 @@ impl Both {
             self.pool.computed(&s.text, &s.blocks, s.past);
         }
         let (cpu, gpu) = (&outs[0].0, &outs[1].0);
-        // Prompts without a past attend in the host.
+        // Prompts without a past attend in the host where no kernel on tensor cores serves the layer.
         let is_attended = gpu.iter().all(Option::is_some);
         assert!(prompt || is_attended, "decode answers");
         for (cpu, gpu) in cpu.iter().zip(gpu).filter(|_| is_attended) {

@@ -289,7 +289,7 @@ fn softmax<'a, E: Number>(
     out
 }
 
-/// Answers `(rows, num_heads, tokens, dim)`, zero where there is no token.
+/// Answers `(rows, num_heads, tokens, dim)`, zero where there is no token; a thread for each query head.
 fn expected<E: Number>(
     begun: &Begun,
     case: &Case,
@@ -300,21 +300,27 @@ fn expected<E: Number>(
     let mut all = Vec::new();
     for (r, row) in begun.rows.iter().enumerate() {
         let (past_k, past_v) = stored::<E>(begun, r, stream)?;
-        for head in 0..q.heads {
+        let of_head = |head: usize| {
             let kv = head / case.ratio;
             let part = kv * row.past * dim..(kv + 1) * row.past * dim;
-            let past = past_k[part.clone()]
-                .chunks(dim)
-                .zip(past_v[part].chunks(dim));
-            for t in 0..q.tokens {
-                if t >= row.new {
-                    all.extend(vec![0.0; dim]);
-                    continue;
-                }
+            let (k_part, v_part) = (&past_k[part.clone()], &past_v[part]);
+            let past = k_part.chunks(dim).zip(v_part.chunks(dim));
+            let answer = |t: usize| {
                 let new = (0..=t).map(|t| (k.of(r, kv, t), v.of(r, kv, t)));
-                all.extend(softmax(q.of(r, head, t), case, past.clone().chain(new)));
+                softmax(q.of(r, head, t), case, past.clone().chain(new))
+            };
+            let mut answers: Vec<f64> = (0..row.new).flat_map(answer).collect();
+            answers.resize(q.tokens * dim, 0.0);
+            answers
+        };
+        std::thread::scope(|scope| {
+            let of_head = &of_head;
+            let spawn = |head| scope.spawn(move || of_head(head));
+            let threads: Vec<_> = (0..q.heads).map(spawn).collect();
+            for thread in threads {
+                all.extend(thread.join().expect("a softmax does not panic"));
             }
-        }
+        });
     }
     Ok(all)
 }
@@ -322,10 +328,10 @@ fn expected<E: Number>(
 /// The largest difference, relative to an answer's largest number.
 fn difference(expected: &[f64], found: &[f64], dim: usize) -> Result<f64> {
     let mut worst = 0f64;
-    for (e, f) in expected.chunks(dim).zip(found.chunks(dim)) {
+    for (i, (e, f)) in expected.chunks(dim).zip(found.chunks(dim)).enumerate() {
         let largest = e.iter().fold(0f64, |m, x| m.max(x.abs()));
-        for (e, f) in e.iter().zip(f) {
-            ensure!(f.is_finite(), "an answer is not a number");
+        for (c, (e, f)) in e.iter().zip(f).enumerate() {
+            ensure!(f.is_finite(), "answer {i}, channel {c} is {f}, not {e}");
             ensure!(
                 largest > 0.0 || *f == 0.0,
                 "an answer without a token is not 0"
@@ -372,14 +378,21 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         Ok(out.iter().map(|x| f64::from(x.wide())).collect())
     };
     let clear = attend(Some(Attention::Clear), None)?;
-    let off = difference(&exact, &clear, dim)?;
+    let named = |kernel: &str| {
+        format!(
+            "{kernel} kernel, {:?} head {dim} gqa {} {dtype:?} {:?}",
+            case.options, case.ratio, case.rows
+        )
+    };
+    let off = difference(&exact, &clear, dim).with_context(|| named("clear"))?;
     let is_tuned = begun.layer.is_tuned();
     let mut tensor = 0f64;
     for splits in [None, Some(1), Some(3)].iter().filter(|_| is_tuned) {
         let kernel = splits.map(|_| Attention::Narrow);
         let found = attend(kernel, *splits)?;
         for other in [&exact, &clear] {
-            tensor = tensor.max(difference(other, &found, dim)?);
+            let parts = || named(&format!("tensor-core ({splits:?} parts)"));
+            tensor = tensor.max(difference(other, &found, dim).with_context(parts)?);
         }
     }
     println!(

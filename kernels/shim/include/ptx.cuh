@@ -15,6 +15,11 @@ constexpr bool BULK_COPIES = false;
 
 constexpr bool LARGE_SHARED = true;
 
+template <int A, int B>
+inline uint32_t spread_signs(uint32_t x) {
+    return (x >> (8 * A) & 128 ? 0xffffu : 0) | (x >> (8 * B) & 128 ? 0xffff0000u : 0);
+}
+
 // One lane's part of a product: group g = lane / 4, place t = lane % 4.
 template <class C>
 struct Fragment {

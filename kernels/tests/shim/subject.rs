@@ -216,9 +216,6 @@ impl KvStep for ShimStep {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Option<Tensor>> {
-        if self.step.rows.iter().all(|row| row.past == 0) {
-            return Ok(None);
-        }
         let shim = &self.shim;
         let device_layer = shim.layers.layer(layer).map_err(failed)?;
         let tables = self.step.tables(&shim.layers, layer);

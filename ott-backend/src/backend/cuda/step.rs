@@ -15,7 +15,8 @@ use super::cache::{failed, told, CudaCache};
 use super::tensor::{filled, Rows};
 use crate::error::Error;
 
-/// Prompts without a past attend in the host; those with one here, by a kernel, in full precision to their new tokens.
+/// Prompts attend here, by a kernel, in full precision to their new tokens; in the host where nothing is stored and no kernel
+/// on tensor cores serves the layer.
 pub struct CudaStep {
     pub(super) cache: Arc<CudaCache>,
     pub(super) step: Arc<Step>,
@@ -43,10 +44,12 @@ impl KvStep for CudaStep {
         v: &Tensor,
         attn: KvAttn,
     ) -> Result<Option<Tensor>> {
-        if self.step.rows.iter().all(|row| row.past == 0) {
+        let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
+        let is_stored = self.step.rows.iter().any(|row| row.past > 0);
+        // The clear kernel is slower than the host's products.
+        if !is_stored && !device_layer.is_tuned() {
             return Ok(None);
         }
-        let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
         let (shape, own) = (&device_layer.shape, self.cache.dtype);
         let (rows, num_heads) = (self.step.rows.len(), device_layer.num_heads);
         let (given, tokens) = (q.dtype(), q.dim(2)?);
