@@ -5,6 +5,11 @@ use crate::shape::LayerShape;
 
 /// Tokens that a block works on at once, about.
 const UNIT: usize = 128;
+/// What [`UNIT`] tokens take a block that has a multiprocessor alone.
+const ALONE: f64 = 0.72;
+/// What joining parts takes, and more for each wave of blocks that wrote some.
+const JOIN: f64 = 7.0;
+const JOIN_WAVE: f64 = 3.0;
 /// Blocks of threads at most where contexts are cut.
 const MOST_BLOCKS: usize = 1024;
 /// Parts of a context at most.
@@ -31,8 +36,8 @@ pub fn tiles(tokens: usize, ratio: usize) -> usize {
 }
 
 impl Load<'_> {
-    /// Parts of each tile's context. Blocks of a wave take the same time, about: a tile's tokens, and what a block needs to
-    /// begin and to end; parts must be written and joined.
+    /// Parts of each tile's context: those that take the least time, in units of what a block that shares its multiprocessor
+    /// needs for [`UNIT`] tokens (docs/kernels.md).
     pub fn splits(&self) -> usize {
         let of_rows = |rows: usize| rows * self.kv_heads;
         let blocks = self
@@ -45,12 +50,19 @@ impl Load<'_> {
         let units = self.rows.iter().map(units).max().unwrap_or(0);
         let slots = self.slots.max(1);
         let cost = |splits: usize| {
-            let waves = (blocks * splits).div_ceil(slots);
+            let all = blocks * splits;
+            // The last wave's blocks are alone if they are few.
+            let last = match all % slots {
+                0 => 0.0,
+                few if 2 * few <= slots => ALONE,
+                _ => 1.0,
+            };
+            let waves = (all / slots) as f64 + last;
             let join = match splits {
                 1 => 0.0,
-                _ => 1.0 + 2.0 * (blocks * splits) as f64 / slots as f64,
+                _ => JOIN + JOIN_WAVE * all as f64 / slots as f64,
             };
-            (waves * (1 + units.div_ceil(splits))) as f64 + join
+            waves * (1 + units.div_ceil(splits)) as f64 + join
         };
         let most = (MOST_BLOCKS / places).min(units).clamp(1, MOST_SPLITS);
         let best = (1..=most).min_by(|a, b| cost(*a).total_cmp(&cost(*b)));
@@ -114,7 +126,9 @@ mod tests {
         // A wave already, or four.
         assert_eq!(splits(&[row(32768, 1024)]), 1);
         assert_eq!(splits(&[row(32768, 4096)]), 1);
-        assert_eq!(splits(&[row(4096, 512)]), 2);
+        // Half a wave, in which each block is alone.
+        assert_eq!(splits(&[row(4096, 512)]), 1);
+        assert_eq!(splits(&[row(32768, 512)]), 2);
         assert_eq!(splits(&[row(32768, 16)]), 33);
         // A bit more than one wave.
         assert_eq!(splits(&[row(32768, 1536)]), 2);
