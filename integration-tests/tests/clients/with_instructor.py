@@ -5,10 +5,12 @@ from typing import Literal
 
 import instructor
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
 class Color(BaseModel):
+    # Else a small model may go on with fields of its own.
+    model_config = ConfigDict(extra="forbid")
     color: Literal["red", "green"]
 
 

@@ -137,6 +137,10 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
         self.description.clone()
     }
 
+    fn is_lossy(&self) -> bool {
+        true
+    }
+
     fn allocated_bytes(&self) -> usize {
         self.cache.allocated_bytes()
     }

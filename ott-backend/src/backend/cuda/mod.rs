@@ -102,6 +102,10 @@ impl KvCacheBackend for CudaBackend {
         self.description.clone()
     }
 
+    fn is_lossy(&self) -> bool {
+        true
+    }
+
     fn allocated_bytes(&self) -> usize {
         self.cache.layers.allocated_bytes()
     }
