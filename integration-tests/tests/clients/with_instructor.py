@@ -5,12 +5,10 @@ from typing import Literal
 
 import instructor
 import openai
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 
 class Color(BaseModel):
-    # Else a small model may go on with fields of its own.
-    model_config = ConfigDict(extra="forbid")
     color: Literal["red", "green"]
 
 

@@ -104,14 +104,14 @@ fn a_preempted_sequence_is_counted_once() -> Result<()> {
     let options = ["--kv-cache", "ott:group=32", "--pa-context-len", "160"];
     let server = Server::start(&smollm2()?, &options)?;
     let before = at_rest(&server)?;
-    let asks = ["one ", "two ", "red ", "sun "].map(|word| {
+    let asks = ["one ", "two "].map(|word| {
         json!({"model": "default", "prompt": word.repeat(20), "max_tokens": 90, "temperature": 0.0})
     });
-    let answers = ask_all(&server, "/v1/completions", &asks, 4)?;
+    let answers = ask_all(&server, "/v1/completions", &asks, 2)?;
     let after = at_rest(&server)?;
     let grown = |what| Ok::<_, anyhow::Error>(count(&after, what)? - count(&before, what)?);
     assert!(grown("preempted")? > 0, "{after}");
-    assert_eq!(grown("sequences")?, 4);
+    assert_eq!(grown("sequences")?, 2);
     assert_eq!(grown("prompt_tokens")?, prompt_tokens(&answers)?);
     assert_eq!(grown("hit_tokens")?, 0);
     Ok(())

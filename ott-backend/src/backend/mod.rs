@@ -137,10 +137,6 @@ impl<E: Activation> KvCacheBackend for OttBackend<E> {
         self.description.clone()
     }
 
-    fn is_lossy(&self) -> bool {
-        true
-    }
-
     fn allocated_bytes(&self) -> usize {
         self.cache.allocated_bytes()
     }

@@ -175,12 +175,6 @@ pub trait KvCacheBackend: Send + Sync {
     /// A few plain lines for the log: what is kept, at how many bits, in how much memory.
     fn describe(&self) -> String;
 
-    /// Whether stored keys and values are rounded, so that answers are not the host's bit for bit. The
-    /// host may then compute prompts by faster products, which round otherwise than its own.
-    fn is_lossy(&self) -> bool {
-        false
-    }
-
     /// Bytes held now, all layers.
     fn allocated_bytes(&self) -> usize;
 

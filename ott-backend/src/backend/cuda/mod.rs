@@ -102,10 +102,6 @@ impl KvCacheBackend for CudaBackend {
         self.description.clone()
     }
 
-    fn is_lossy(&self) -> bool {
-        true
-    }
-
     fn allocated_bytes(&self) -> usize {
         self.cache.layers.allocated_bytes()
     }
