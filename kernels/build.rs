@@ -1,7 +1,7 @@
 //! Compiles `cuda/*.cu` for every architecture, if the feature `cuda` is on: one fat binary each.
 //!
 //! What each kernel takes (registers, shared memory, spills) is written beside them, `resources.txt`; a tensor-core kernel
-//! that spills is an error.
+//! for decoding that spills is an error.
 //!
 //! nvcc is looked for in `CUDA_HOME`, `CUDA_PATH` and `PATH`. `CUDA_COMPUTE_CAP` (as 80, 86, 89 or 90) builds for one
 //! architecture only.

@@ -5,10 +5,7 @@ use cudarc::driver::{LaunchConfig, PushKernelArg};
 
 use crate::abi::{Fresh, Prompt, CLEAR_QUERIES};
 use crate::device::{address, grid, Attention, DeviceLayer, DevicePlan, THREADS};
-use crate::prompt::{clear_shared, sums, tiles, Load};
-
-/// Bytes that the tensor-core kernel reads at once.
-const VECTOR: i64 = 16;
+use crate::prompt::{clear_shared, sums, tiles, Load, VECTOR};
 
 impl DeviceLayer {
     /// Attention of each row's new tokens, before they are stored, by the fastest kernel that there is. `sums` and `splits`
@@ -19,11 +16,11 @@ impl DeviceLayer {
     pub fn prompt(&self, plan: &DevicePlan, prompt: Prompt) -> Result<()> {
         let size = self.dtype.size() as i64;
         let is_even = |x: &Fresh| {
-            let strides = [x.row, x.head, x.token].map(|stride| stride * size % VECTOR);
+            let strides = [x.row, x.head, x.token].map(|stride| stride * size % VECTOR as i64);
             x.data.is_multiple_of(VECTOR as u64) && strides == [0; 3]
         };
         let all = [prompt.q, prompt.k, prompt.v];
-        let kernel = match self.prompts.tuned.is_some() && all.iter().all(is_even) {
+        let kernel = match self.is_tuned_for_prompts() && all.iter().all(is_even) {
             true => Attention::Narrow,
             false => Attention::Clear,
         };
@@ -59,7 +56,7 @@ impl DeviceLayer {
         else {
             let blocks = (tokens * ratio).div_ceil(CLEAR_QUERIES) as u32;
             let config = LaunchConfig {
-                shared_mem_bytes: clear_shared(&self.shape),
+                shared_mem_bytes: clear_shared(self.shape.width()),
                 ..grid(blocks, kv_heads as u32, rows as u32)
             };
             let mut launch = self.stream.launch_builder(&self.prompts.clear);

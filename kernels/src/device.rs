@@ -15,7 +15,7 @@ use crate::abi::{Fresh, Item, Layer, Prompt, Query, Row, ITEM_FIRST, WINDOW_CHUN
 use crate::image::image;
 use crate::plan::{lanes, Plan, NARROW, WIDE};
 use crate::prompt::clear_shared;
-use crate::shape::LayerShape;
+use crate::shape::{LayerShape, MAX_DIM};
 
 // SAFETY: plain numbers, laid out as the kernels' structs (`repr(C)`).
 unsafe impl DeviceRepr for Layer {}
@@ -78,6 +78,8 @@ pub struct Kernels {
     prompt_mma: Arc<CudaModule>,
     probe: Arc<CudaModule>,
     multiprocessors: usize,
+    /// Bytes of shared memory that a block may ask for.
+    most_shared: u32,
 }
 
 impl Kernels {
@@ -92,6 +94,7 @@ impl Kernels {
             module.context("the CUDA kernels of the ott cache do not load on this device")
         };
         let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let shared = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         Ok(Self {
             stream: Arc::clone(stream),
             count: load(image("count"))?,
@@ -103,6 +106,7 @@ impl Kernels {
             prompt_mma: load(image("prompt_mma"))?,
             probe: load(image("probe"))?,
             multiprocessors: context.attribute(count)? as usize,
+            most_shared: context.attribute(shared)? as u32,
         })
     }
 
@@ -366,6 +370,11 @@ impl DeviceLayer {
     /// Whether the tensor-core kernel serves this layer.
     pub fn is_tuned(&self) -> bool {
         self.narrow_decode.is_some()
+    }
+
+    /// Whether that for prompts does, which takes more shared memory.
+    pub fn is_tuned_for_prompts(&self) -> bool {
+        self.prompts.tuned.is_some()
     }
 
     /// Bytes held.
@@ -707,27 +716,31 @@ fn tuned(
         "ott_decode_mma_{suffix}_{dim}_{}_{}_{heads}",
         shape.k_bits, shape.v_bits
     );
-    let (function, shared) = with_shared(kernels, &kernels.decode_mma, &name)?;
-    Ok(Some(Tuned {
+    let kernel = with_shared(kernels, &kernels.decode_mma, &name)?;
+    Ok(kernel.map(|(function, shared)| Tuned {
         function,
         shared,
         heads,
     }))
 }
 
-/// A kernel and the bytes of shared memory that it says it needs, which it is given leave to take.
+/// A kernel and the bytes of shared memory that it says it needs, which it is given leave to take; none where the device
+/// has less. What was compiled for an older architecture may ask for more than a newer device has.
 fn with_shared(
     kernels: &Kernels,
     module: &Arc<CudaModule>,
     name: &str,
-) -> Result<(CudaFunction, u32)> {
+) -> Result<Option<(CudaFunction, u32)>> {
     let function = module.load_function(name)?;
     let shared = module.get_global(&format!("{name}_shared"), &kernels.stream)?;
     let bytes = kernels.stream.clone_dtoh(&shared)?;
     let bytes = bytes.try_into().ok().context("a u32")?;
     let shared = u32::from_le_bytes(bytes);
+    if shared > kernels.most_shared {
+        return Ok(None);
+    }
     allow(&function, shared)?;
-    Ok((function, shared))
+    Ok(Some((function, shared)))
 }
 
 /// Give a kernel leave to ask for this much shared memory.
@@ -741,22 +754,21 @@ fn prompts(kernels: &Kernels, shape: &LayerShape, dtype: Dtype) -> Result<Prompt
     let clear = kernels
         .prompt
         .load_function(&format!("ott_prompt_{suffix}"))?;
-    allow(&clear, clear_shared(shape))?;
-    let tuned = match is_served(shape, dtype) {
-        true => {
-            let (k_bits, v_bits) = (shape.k_bits, shape.v_bits);
-            let name = format!("ott_prompt_mma_{suffix}_{dim}_{k_bits}_{v_bits}");
-            let (function, shared) = with_shared(kernels, &kernels.prompt_mma, &name)?;
-            let at_once = function.occupancy_max_active_blocks_per_multiprocessor(
-                THREADS,
-                shared as usize,
-                None,
-            )?;
-            let slots = at_once as usize * kernels.multiprocessors;
-            Some((function, shared, slots))
-        }
+    // Layers of all shapes share it.
+    allow(&clear, clear_shared(2 * MAX_DIM))?;
+    let (k_bits, v_bits) = (shape.k_bits, shape.v_bits);
+    let name = format!("ott_prompt_mma_{suffix}_{dim}_{k_bits}_{v_bits}");
+    let kernel = match is_served(shape, dtype) {
+        true => with_shared(kernels, &kernels.prompt_mma, &name)?,
         false => None,
     };
+    let tuned = kernel.map(|(function, shared)| {
+        let at_once =
+            function.occupancy_max_active_blocks_per_multiprocessor(THREADS, shared as usize, None);
+        let slots = at_once? as usize * kernels.multiprocessors;
+        Ok::<_, anyhow::Error>((function, shared, slots))
+    });
+    let tuned = tuned.transpose()?;
     Ok(Prompts {
         clear,
         join: kernels

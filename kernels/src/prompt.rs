@@ -1,8 +1,9 @@
 //! Into how many parts the context of a prompt's queries is cut, and what that takes.
 
 use crate::abi::{Row, CLEAR_QUERIES, PARTIAL, TILE_QUERIES};
-use crate::shape::LayerShape;
 
+/// Bytes that the tensor-core kernel reads at once.
+pub const VECTOR: usize = 16;
 /// Tokens that a block works on at once, about.
 const UNIT: usize = 128;
 /// What [`UNIT`] tokens take a block that has a multiprocessor alone.
@@ -82,10 +83,10 @@ pub fn scratch_bytes(v_dim: usize) -> usize {
     of_block.saturating_mul(MOST_BLOCKS * size_of::<f32>())
 }
 
-/// Bytes of shared memory of the clear kernel (`cuda/prompt.cu`).
-pub fn clear_shared(shape: &LayerShape) -> u32 {
+/// Bytes of shared memory of the clear kernel (`cuda/prompt.cu`), in layers of this key and value size together.
+pub fn clear_shared(width: usize) -> u32 {
     const THREADS: usize = 128;
-    let of_query = shape.width() + THREADS + 2;
+    let of_query = width + THREADS + 2;
     ((CLEAR_QUERIES * of_query + THREADS) * size_of::<f32>()) as u32
 }
 

@@ -2,6 +2,8 @@
 
 use crate::blocks::CHUNK;
 
+/// Most channels of a head.
+pub const MAX_DIM: usize = 1024;
 /// Of so many tokens the last one's queries are sampled.
 pub const SAMPLED: usize = 16;
 

@@ -32,8 +32,7 @@ pub const STOPPED: u8 = u8::MAX;
 /// A place of `slots` that holds no traced token.
 pub const NO_SLOT: u8 = u8::MAX;
 
-/// Most channels of a head.
-pub const MAX_DIM: usize = 1024;
+pub use ott_kernels::shape::MAX_DIM;
 
 /// Shape of the pages of one layer, with the place of each section inside the part of a head.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use ott_kernels::plan::Plan;
 use serde_json::{json, Value};
 
 use crate::paint::{keys, values, Noise};
-use crate::speed::{copy_within, layer_spec, time, GROUP, RUNS};
+use crate::speed::{copy_within, fresh, layer_spec, time, GROUP, RUNS};
 
 const KV_HEADS: usize = 8;
 /// Tokens that are sealed; longer pasts have these pages again.
@@ -74,15 +74,6 @@ struct Setting<'a> {
 fn wide(numbers: Vec<f16>) -> Vec<bf16> {
     let wide = |x: f16| bf16::from_f32(x.to_f32());
     numbers.into_iter().map(wide).collect()
-}
-
-fn fresh(data: u64, tokens: usize, dim: usize) -> Fresh {
-    Fresh {
-        data,
-        row: 0,
-        head: (tokens * dim) as i64,
-        token: dim as i64,
-    }
 }
 
 impl<'a> Setting<'a> {

@@ -385,7 +385,7 @@ fn check<E: Number>(kernels: &Kernels, case: &Case, dtype: Dtype) -> Result<()> 
         )
     };
     let off = difference(&exact, &clear, dim).with_context(|| named("clear"))?;
-    let is_tuned = begun.layer.is_tuned();
+    let is_tuned = begun.layer.is_tuned_for_prompts();
     let mut tensor = 0f64;
     for splits in [None, Some(1), Some(3)].iter().filter(|_| is_tuned) {
         let kernel = splits.map(|_| Attention::Narrow);

@@ -99,6 +99,16 @@ pub fn layer_spec(options: &str, kv_heads: usize, dim: usize) -> Result<LayerSpe
     })
 }
 
+/// New tokens of one row, `(heads, tokens, dim)`.
+pub fn fresh(data: u64, tokens: usize, dim: usize) -> Fresh {
+    Fresh {
+        data,
+        row: 0,
+        head: (tokens * dim) as i64,
+        token: dim as i64,
+    }
+}
+
 /// Seconds that one layer takes to store a prompt, sorted.
 fn sealing(kernels: &Kernels, options: &str) -> Result<Vec<f64>> {
     let (kv_heads, num_heads, dim) = (8, 32, 128);
@@ -122,16 +132,9 @@ fn sealing(kernels: &Kernels, options: &str) -> Result<Vec<f64>> {
     };
     let rows = blocks.begin(&[row], |_| Ok::<_, Refused>(()))?;
     let plan = DevicePlan::upload(&Plan::new(&rows, GROUP, 1, 1), 1, stream)?;
-    let fresh = |x: &CudaSlice<f16>| Fresh {
-        data: address(x, stream),
-        row: 0,
-        head: (PROMPT * dim) as i64,
-        token: dim as i64,
-    };
+    let of = |x: &CudaSlice<f16>| fresh(address(x, stream), PROMPT, dim);
     // The same pages again and again.
-    let mut times = time(stream, || {
-        layer.append(&plan, fresh(&q), fresh(&k), fresh(&v))
-    })?;
+    let mut times = time(stream, || layer.append(&plan, of(&q), of(&k), of(&v)))?;
     ensure!(
         plan.faults(stream)? == [None],
         "the prompt holds bad numbers"

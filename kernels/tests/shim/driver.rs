@@ -5,7 +5,7 @@ use std::alloc::Layout;
 use std::ffi::{c_char, c_void, CStr};
 use std::marker::PhantomData;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::nvrtc::Ptx;
@@ -28,6 +28,7 @@ pub mod sys {
 
     pub enum CUdevice_attribute {
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
     }
     pub enum CUfunction_attribute_enum {
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -68,6 +69,8 @@ const UNTOUCHED: u8 = 0xa5;
 pub struct CudaContext {
     library: libloading::Library,
     multiprocessors: i32,
+    /// Bytes of shared memory that a block may ask for.
+    most_shared: AtomicI32,
     seed: AtomicU64,
     /// Address and bytes of all that is allocated.
     held: Mutex<Vec<(usize, usize)>>,
@@ -114,6 +117,7 @@ impl CudaContext {
         Ok(Arc::new(Self {
             library: library.map_err(|e| DriverError(e.to_string()))?,
             multiprocessors,
+            most_shared: AtomicI32::new(227 << 10),
             seed: AtomicU64::new(seed),
             held: Mutex::default(),
             order: Mutex::default(),
@@ -135,8 +139,19 @@ impl CudaContext {
         }))
     }
 
-    pub fn attribute(&self, _: sys::CUdevice_attribute) -> Result<i32, DriverError> {
-        Ok(self.multiprocessors)
+    pub fn attribute(&self, what: sys::CUdevice_attribute) -> Result<i32, DriverError> {
+        use sys::CUdevice_attribute::*;
+        Ok(match what {
+            CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT => self.multiprocessors,
+            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN => {
+                self.most_shared.load(Ordering::Relaxed)
+            }
+        })
+    }
+
+    /// Be a machine whose blocks may ask for this much shared memory.
+    pub fn have_shared(&self, bytes: i32) {
+        self.most_shared.store(bytes, Ordering::Relaxed);
     }
 
     fn order(&self) -> std::sync::MutexGuard<'_, Order> {
@@ -182,6 +197,7 @@ impl CudaModule {
         Ok(CudaFunction {
             kernel,
             name: name.to_string(),
+            most_shared: self.context.most_shared.load(Ordering::Relaxed),
         })
     }
 
@@ -201,6 +217,7 @@ impl CudaModule {
 pub struct CudaFunction {
     kernel: *const c_void,
     name: String,
+    most_shared: i32,
 }
 
 // SAFETY: an address of code.
@@ -221,9 +238,13 @@ impl CudaFunction {
     pub fn set_attribute(
         &self,
         _: sys::CUfunction_attribute_enum,
-        _: i32,
+        shared: i32,
     ) -> Result<(), DriverError> {
-        Ok(())
+        let name = &self.name;
+        match shared > self.most_shared {
+            true => Err(DriverError(format!("{name}: {shared} bytes are too many"))),
+            false => Ok(()),
+        }
     }
 }
 

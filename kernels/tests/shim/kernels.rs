@@ -1,6 +1,7 @@
 //! All kernels, by the suite that judges them on a GPU.
 
 use std::process::Command;
+use std::sync::Arc;
 
 use anyhow::Result;
 
@@ -16,6 +17,10 @@ pub const ENGINE_COPIES: u32 = 900;
 
 /// Kernels with changes, on a machine with few multiprocessors or many, so that contexts are cut in other places.
 pub fn kernels(arch: u32, without: &[&str], edits: &[Edit<'_>], seed: u64) -> Result<Kernels> {
+    Kernels::new(&machine(arch, without, edits, seed)?.new_stream()?)
+}
+
+fn machine(arch: u32, without: &[&str], edits: &[Edit<'_>], seed: u64) -> Result<Arc<CudaContext>> {
     let build = Build {
         folder: "cuda",
         arch,
@@ -24,8 +29,11 @@ pub fn kernels(arch: u32, without: &[&str], edits: &[Edit<'_>], seed: u64) -> Re
         edits,
     };
     let multiprocessors = [2, 16, 132][seed as usize % 3];
-    let context = CudaContext::on_host(&library(&build)?, multiprocessors, seed << 32)?;
-    Kernels::new(&context.new_stream()?)
+    Ok(CudaContext::on_host(
+        &library(&build)?,
+        multiprocessors,
+        seed << 32,
+    )?)
 }
 
 fn agree(arch: u32, short: bool, dtypes: &[Dtype], seed: u64) {
@@ -47,6 +55,16 @@ fn agree_copies_by_the_engine() {
 fn prompts_agree() {
     let kernels = kernels(THREADS_COPY, &[], &[], 4).expect("compiles");
     prompts::judge(&kernels, true, &[Dtype::F16, Dtype::Bf16, Dtype::F32]).expect("prompts agree");
+}
+
+/// A new device may have less shared memory than the newest architecture that was compiled: what asks for more is left out.
+#[test]
+fn prompts_agree_where_shared_memory_is_small() {
+    let machine = machine(THREADS_COPY, &[], &[], 5).expect("compiles");
+    machine.have_shared(99 << 10);
+    let stream = machine.new_stream().expect("a stream");
+    let kernels = Kernels::new(&stream).expect("loads");
+    prompts::judge(&kernels, true, &[Dtype::F16]).expect("prompts agree");
 }
 
 /// All cases and types, in `OTT_SHIM_SEEDS` (1) orders of threads.

@@ -47,7 +47,7 @@ impl KvStep for CudaStep {
         let device_layer = self.cache.layers.layer(layer).map_err(told).map_err(seam)?;
         let is_stored = self.step.rows.iter().any(|row| row.past > 0);
         // The clear kernel is slower than the host's products.
-        if !is_stored && !device_layer.is_tuned() {
+        if !is_stored && !device_layer.is_tuned_for_prompts() {
             return Ok(None);
         }
         let (shape, own) = (&device_layer.shape, self.cache.dtype);

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Result, Storage, Tensor};
 use half::{bf16, f16};
 use ott_kernels::abi::Fresh;
 use ott_kernels::device::Dtype;
+use ott_kernels::prompt::VECTOR;
 
 use super::super::seam;
 use crate::error::Error;
@@ -53,9 +54,9 @@ impl<'a> Rows<'a> {
         Ok(Self { tensor })
     }
 
-    /// The same numbers where every token's begin at a multiple of 16 bytes: what kernels for prompts read at once.
+    /// The same numbers where every token's begin at a multiple of [`VECTOR`] bytes.
     pub fn even(self) -> Result<Self> {
-        let each = 16 / self.tensor.dtype().size_in_bytes();
+        let each = VECTOR / self.tensor.dtype().size_in_bytes();
         let layout = self.tensor.layout();
         let strides = layout.stride()[..3]
             .iter()
